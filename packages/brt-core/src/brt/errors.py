@@ -1,0 +1,39 @@
+"""What brt raises for its users. An `AssertionError` is a bug of ours instead."""
+
+from __future__ import annotations
+
+
+class BrtError(ValueError):
+    """Something that the caller can mend; the message says what came and what to do."""
+
+
+class ProtocolError(BrtError):
+    """A protocol, or the scores it was given, cannot make a decision."""
+
+
+class RouteError(BrtError):
+    """Cells, a route or the rows of a router do not fit together."""
+
+
+class TraceError(BrtError):
+    """A module cannot be traced."""
+
+
+class ProfileError(BrtError):
+    """A profile is missing, damaged or of another model."""
+
+
+class PassError(BrtError):
+    """A pass cannot take this graph, or failed on it."""
+
+
+class PluginError(BrtError):
+    """A plugin breaks the rules, two of them clash, or a name is not offered by any."""
+
+
+class KernelError(BrtError):
+    """No kernel takes these arguments, or the one that was named refuses them."""
+
+
+class PluginWarning(UserWarning):
+    """A plugin was left out, or something that it was asked to do was skipped."""

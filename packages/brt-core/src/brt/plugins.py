@@ -1,0 +1,334 @@
+"""How brt finds what is offered: protocols, routers, passes, kernels, models and the rest.
+
+Nothing is loaded before the first look-up. Each installed plugin is loaded by itself; one that
+breaks is left out with a `PluginWarning`, and its reason is repeated where a name is then not
+found. Two offers of one name are an error, whoever came first.
+
+``BRT_PLUGINS=`` loads no installed plugin and ``BRT_PLUGINS=acme,kernels`` those two (names of
+entry points); ``BRT_TRACE_PLUGINS=1`` prints each hook call to stderr.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import os
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+from brt import builtins, hookspecs
+from brt.errors import PluginError, PluginWarning
+from brt.specs import ANY_DEVICE, SPECS, AnySpec, KernelSpec
+
+if TYPE_CHECKING:
+    from torch.fx import GraphModule
+
+    from brt.passes import Record
+
+HOOKS = tuple(sorted(name for name in vars(hookspecs) if name.startswith("brt_")))
+
+# Packages of this repository that offer what brt-core alone has none of.
+_HOMES = {"models": "brt-models", "adapters": "brt-models", "solvers": "brt-dist"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plugin:
+    """One plugin, as `brt plugins` lists it."""
+
+    name: str
+    owner: str
+    """The distribution and its version; of a plugin handed over in code, its own name."""
+    installed: bool
+    """Found through an entry point. What breaks in such a plugin is a warning, not an error."""
+    hooks: tuple[str, ...] = ()
+    skipped: str | None = None
+    """Why it is left out; None where it is in."""
+
+
+class Manager:
+    """The plugins that a look-up sees. Building one loads them; it may be shared by threads."""
+
+    def __init__(self, *plugins: object, entry_points: bool = True) -> None:
+        self._pm = pluggy.PluginManager("brt")
+        self._pm.add_hookspecs(hookspecs)
+        self._lock = threading.RLock()
+        self._traces = os.environ.get("BRT_TRACE_PLUGINS", "") not in ("", "0")
+        self._registered: dict[int, Plugin] = {}  # by id of the plugin's module or object
+        self._skipped: list[Plugin] = []
+        self._failures: list[str] = []
+        self._offers: dict[str, list[tuple[Any, str]]] = {}
+        self._by_name: dict[str, dict[str, tuple[Any, str]]] = {}
+        self._kernels: dict[tuple[str, str], list[tuple[KernelSpec, str]]] = {}
+
+        core = Plugin(name="builtins", owner=_version_of_core(), installed=False)
+        self._register(builtins, core)
+        for plugin in plugins:
+            name = getattr(plugin, "__name__", type(plugin).__name__)
+            self._register(plugin, Plugin(name=name, owner=name, installed=False))
+        if entry_points:
+            self._load_entry_points()
+
+    @property
+    def plugins(self) -> tuple[Plugin, ...]:
+        """Every plugin: those that are in, in the order of loading, then those left out."""
+        return (*self._registered.values(), *self._skipped)
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """What went wrong with installed plugins so far, a sentence each."""
+        return tuple(self._failures)
+
+    def collect(self, kind: str) -> Mapping[str, tuple[Any, str]]:
+        """Name -> (spec, owner) of everything offered of a kind, sorted by name.
+
+        The hook is called the first time only. Two offers of one name raise `PluginError`.
+        """
+        found = self._by_name.get(kind)
+        if found is None:
+            with self._lock:
+                found = self._by_name[kind] = _by_name(self._offered(kind))
+        return found
+
+    def get(self, kind: str, name: str) -> Any:
+        """The spec of this name; `PluginError` with the nearest names where nobody offers it."""
+        found = self.collect(kind)
+        if name not in found:
+            raise PluginError(self._not_found(kind, name, found))
+        return found[name][0]
+
+    def kernels(self, op: str, device: str) -> list[tuple[KernelSpec, str]]:
+        """(spec, owner) of each kernel of an operator for a `torch.device.type`, by name."""
+        found = self._kernels.get((op, device))
+        if found is None:
+            found = [
+                (spec, owner)
+                for spec, owner in self.collect("kernels").values()
+                if spec.op == op and spec.device in (device, ANY_DEVICE)
+            ]
+            found.sort(key=lambda offer: (offer[0].name, offer[0].device))
+            self._kernels[op, device] = found
+        return found
+
+    def pass_ran(self, record: Record, graph: GraphModule) -> None:
+        """Tell every observer that a pass ran; what an observer raises becomes a warning."""
+        values = {"record": record, "graph": graph}
+        for impl in self._pm.hook.brt_pass_ran.get_hookimpls():
+            owner = self._registered[id(impl.plugin)].owner
+            try:
+                with self._traced("brt_pass_ran", owner):
+                    impl.function(*(values[name] for name in impl.argnames))
+            except Exception as error:
+                self._fail(f"brt_pass_ran of {owner} failed: {_reason(error)}")
+
+    def _offered(self, kind: str) -> list[tuple[Any, str]]:
+        """Call the hook of a kind on every plugin, once in the life of this manager."""
+        if kind not in SPECS:
+            raise PluginError(f"plugins offer no {kind!r}{did_you_mean(kind, SPECS)}")
+        if kind in self._offers:
+            return self._offers[kind]
+        hook = SPECS[kind].hook
+        offers: list[tuple[Any, str]] = []
+        for impl in getattr(self._pm.hook, hook).get_hookimpls():
+            plugin = self._registered[id(impl.plugin)]
+            try:
+                with self._traced(hook, plugin.owner):
+                    specs = list(_checked(hook, SPECS[kind], impl.function()))
+            except Exception as error:
+                if not plugin.installed:
+                    raise
+                self._fail(f"{hook} of {plugin.owner} is left out: {_reason(error)}")
+            else:
+                offers += [(spec, plugin.owner) for spec in specs]
+        self._offers[kind] = offers
+        return offers
+
+    def _not_found(self, kind: str, name: str, found: Collection[str]) -> str:
+        message = f"no {name!r} among {SPECS[kind].hook}{did_you_mean(name, found)}"
+        if found:
+            message += f"; there are: {', '.join(found)}"
+        elif kind in _HOMES:
+            message += f"; pip install packages/brt-core packages/{_HOMES[kind]} brings some"
+        left_out = [f"plugin {p.name!r} ({p.owner}) {p.skipped}" for p in self._skipped]
+        return "\n  ".join(dict.fromkeys((message, *self._failures, *left_out)))
+
+    def _register(self, plugin: Any, entry: Plugin) -> None:
+        try:
+            self._pm.register(plugin, name=f"{entry.owner}: {entry.name}")
+        except ValueError as error:  # it is there already; leave that one alone
+            raise PluginError(str(error)) from error
+        except pluggy.PluginValidationError as error:
+            self._pm.unregister(plugin)
+            raise PluginError(str(error)) from error
+        try:
+            self._pm.check_pending()
+        except pluggy.PluginValidationError as error:
+            hooks = [hook.name for hook in self._pm.get_hookcallers(plugin) or ()]
+            self._pm.unregister(plugin)
+            hints = (did_you_mean(hook, HOOKS) for hook in hooks if hook not in HOOKS)
+            raise PluginError(f"{error}{next(hints, '')}") from error
+        hooks = sorted(hook.name for hook in self._pm.get_hookcallers(plugin) or ())
+        self._registered[id(plugin)] = replace(entry, hooks=tuple(hooks))
+        for name in set(HOOKS) - set(hooks):
+            if inspect.isroutine(getattr(plugin, name, None)):
+                self._fail(f"{name} of {entry.owner} is not called: it lacks @brt.hookimpl")
+
+    def _load_entry_points(self) -> None:
+        points = sorted(metadata.entry_points(group="brt"), key=lambda p: (p.name, _owner(p)))
+        wanted = self._wanted([point.name for point in points])
+        for point in points:
+            entry = Plugin(name=point.name, owner=_owner(point), installed=True)
+            if wanted is not None and point.name not in wanted:
+                reason = f"is left out by BRT_PLUGINS={os.environ['BRT_PLUGINS']}"
+                self._skipped.append(replace(entry, skipped=reason))
+                continue
+            try:
+                self._register(point.load(), entry)
+            except Exception as error:
+                reason = f"did not load: {_reason(error)}"
+                self._skipped.append(replace(entry, skipped=reason))
+                self._fail(f"plugin {entry.name!r} ({entry.owner}) {reason}")
+
+    def _wanted(self, names: Collection[str]) -> set[str] | None:
+        """The entry points that BRT_PLUGINS names; None where it is not set."""
+        if "BRT_PLUGINS" not in os.environ:
+            return None
+        wanted = {name.strip() for name in os.environ["BRT_PLUGINS"].split(",")} - {""}
+        for name in sorted(wanted.difference(names)):
+            self._fail(
+                f"BRT_PLUGINS names {name!r}, which is not installed{did_you_mean(name, names)}"
+            )
+        return wanted
+
+    def _fail(self, message: str) -> None:
+        self._failures.append(message)
+        warnings.warn(message, PluginWarning, stacklevel=2)
+
+    @contextlib.contextmanager
+    def _traced(self, hook: str, owner: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self._traces:
+                spent = 1e3 * (time.perf_counter() - start)
+                sys.stderr.write(f"brt plugins: {hook} of {owner} took {spent:.1f} ms\n")
+
+
+def manager(*plugins: object, entry_points: bool = True) -> Manager:
+    """A manager with the built-ins, these plugins and, unless told not to, the installed ones."""
+    return Manager(*plugins, entry_points=entry_points)
+
+
+_lock = threading.RLock()
+_current: Manager | None = None
+_generation = 0
+
+
+def current() -> Manager:
+    """The manager that brt itself asks; made at the first call."""
+    global _current
+    if _current is None:
+        with _lock:
+            if _current is None:
+                _current = Manager()
+    return _current
+
+
+@contextlib.contextmanager
+def using(*plugins: object, entry_points: bool = False) -> Iterator[Manager]:
+    """Let the whole process see these plugins, and by default no installed one, for a while.
+
+    For tests and notebooks: it is not confined to a thread, because kernels also run on
+    autograd's.
+    """
+    mine = Manager(*plugins, entry_points=entry_points)
+    before = _swap(mine)
+    try:
+        yield mine
+    finally:
+        _swap(before)
+
+
+def _swap(new: Manager | None) -> Manager | None:
+    global _current, _generation
+    with _lock:
+        old, _current = _current, new
+        _generation += 1
+    return old
+
+
+def generation() -> int:
+    """A number that changes when what the look-ups find may have changed; for caches."""
+    return _generation
+
+
+def collect(kind: str) -> Mapping[str, tuple[Any, str]]:
+    """Name -> (spec, owner) of everything offered of a kind ("passes"), sorted by name."""
+    return current().collect(kind)
+
+
+def get(kind: str, name: str) -> Any:
+    """The spec of this name; `PluginError` with the nearest names where nobody offers it."""
+    return current().get(kind, name)
+
+
+def kernels(op: str, device: str) -> list[tuple[KernelSpec, str]]:
+    """(spec, owner) of each kernel of an operator for a `torch.device.type`, by name."""
+    return current().kernels(op, device)
+
+
+def pass_ran(record: Record, graph: GraphModule) -> None:
+    """Tell every observer that a pass ran."""
+    current().pass_ran(record, graph)
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the nearest known ones, or nothing."""
+    near = get_close_matches(name, list(names), n=3, cutoff=0.7)
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+def _checked(hook: str, wanted: type, specs: Iterable[object]) -> Iterator[AnySpec]:
+    if not isinstance(specs, Iterable):
+        raise PluginError(f"{hook} must return an iterable of {wanted.__name__}, got {specs!r}")
+    for spec in specs:
+        if not isinstance(spec, wanted):
+            raise PluginError(f"{hook} must yield {wanted.__name__}, got {type(spec).__name__}")
+        yield spec
+
+
+def _by_name(offers: list[tuple[Any, str]]) -> dict[str, tuple[Any, str]]:
+    found: dict[str, tuple[Any, str]] = {}
+    for spec, owner in offers:
+        if spec.key in found:
+            first = found[spec.key][1]
+            raise PluginError(
+                f"{spec.hook}: {spec.key!r} comes from both {first} and {owner}; uninstall one, "
+                "or name in BRT_PLUGINS the plugins to load"
+            )
+        found[spec.key] = (spec, owner)
+    return dict(sorted(found.items()))
+
+
+def _owner(point: metadata.EntryPoint) -> str:
+    return f"{point.dist.name} {point.dist.version}" if point.dist else point.value
+
+
+def _version_of_core() -> str:
+    try:
+        return f"brt-core {metadata.version('brt-core')}"
+    except metadata.PackageNotFoundError:  # run from the source tree
+        return "brt-core"
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
