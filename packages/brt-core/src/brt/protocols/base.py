@@ -1,0 +1,144 @@
+"""What a protocol is: scores in, the paths each cell takes out.
+
+N cells, P paths, G groups of S cells (N = G * S).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from brt import checks
+from brt.decision import Decision
+from brt.errors import ProtocolError
+
+
+class Protocol(ABC):
+    """A routing function. Subclasses are frozen dataclasses: their fields are their options.
+
+    Arithmetic on scores (softmax, sums, renormalising, noise) runs in float32, or in float64 for
+    float64 scores, also under ``torch.autocast``, and its result stays so. Scores that are only
+    picked keep their dtype.
+    """
+
+    name: ClassVar[str]
+    """Kebab-case and unique."""
+    paper: ClassVar[str]
+    """Where the rule comes from."""
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether these options draw random numbers."""
+        return False
+
+    def without_noise(self) -> Self:
+        """Return this protocol as it decides in evaluation; itself, where it adds no noise."""
+        return self
+
+    def __call__(self, scores: Tensor, num_paths: int) -> Decision:
+        """Check the scores and decide; raises `ProtocolError` on scores it cannot take."""
+        self.check(scores, num_paths)
+        return self.decide(scores, num_paths)
+
+    def check(self, scores: Tensor, num_paths: int) -> None:
+        """Raise `ProtocolError` unless ``scores`` are ``[N, P]`` floats without NaN."""
+        check_scores(self.name, scores, num_paths)
+
+    @abstractmethod
+    def decide(self, scores: Tensor, num_paths: int) -> Decision:
+        """Decide for scores that `check` has passed. Capacity is declared, never applied."""
+
+    def max_rows(self, num_cells: int, num_paths: int) -> int:
+        """Return the most rows that a decision for so many cells can route: what to allocate."""
+        return num_cells * num_paths
+
+
+def check_scores(name: str, scores: Tensor, num_paths: int, *, grouped: bool = False) -> None:
+    """Raise unless ``scores`` are floats ``[N, P]``, or if grouped ``[G, S, P]``, without NaN."""
+    wanted = "[N, P] or [G, S, P]" if grouped else "[N, P]"
+    if scores.ndim != 2 and not (grouped and scores.ndim == 3):
+        raise ProtocolError(
+            f"{name}: scores must be {wanted}, got shape {tuple(scores.shape)}; "
+            "cells come first (brt.annotate makes rows of them)"
+        )
+    if scores.shape[-1] != num_paths:
+        raise ProtocolError(
+            f"{name}: scores of shape {tuple(scores.shape)} are for {scores.shape[-1]} paths, "
+            f"but num_paths is {num_paths}; one score for each path is needed"
+        )
+    check_floats(name, scores)
+
+
+def check_floats(name: str, scores: Tensor) -> None:
+    """Raise unless ``scores`` are floats and none of them is NaN."""
+    if not scores.is_floating_point():
+        raise ProtocolError(
+            f"{name}: scores must be floats, got {scores.dtype}; "
+            "ids are for the protocols label, task and hash"
+        )
+    if not checks.wanted(scores) or scores.numel() == 0:
+        return
+    # The maximum is NaN if any score is; one pass, and -inf (a path ruled out) stays allowed.
+    peak = scores.detach().amax()
+    checks.check_values(
+        peak == peak,
+        f"{name}: scores hold NaN",
+        detail=lambda: _where_nan(scores),
+        error=ProtocolError,
+    )
+
+
+def check_ids(name: str, ids_N: Tensor, num_ids: int) -> None:
+    """Raise unless ``ids_N`` are int64 ``[N]`` in ``range(num_ids)``."""
+    if ids_N.ndim != 1 or ids_N.dtype != torch.int64:
+        raise ProtocolError(
+            f"{name}: scores must be int64 ids [N], one a cell, "
+            f"got {ids_N.dtype} of shape {tuple(ids_N.shape)}"
+        )
+    if not checks.wanted(ids_N) or ids_N.numel() == 0:
+        return
+    least, most = torch.aminmax(ids_N)
+    checks.check_values(
+        (least >= 0) & (most < num_ids),
+        f"{name}: ids must lie in range({num_ids})",
+        detail=lambda: _where_outside(ids_N, num_ids),
+        error=ProtocolError,
+    )
+
+
+def in_float32(scores: Tensor) -> Tensor:
+    """Return float16 and bfloat16 scores as float32, others as they are."""
+    return scores if scores.dtype == torch.float64 else scores.float()
+
+
+def softmax(scores: Tensor) -> Tensor:
+    """Return the softmax over the last dim, in float32 or better."""
+    return torch.softmax(in_float32(scores), dim=-1)
+
+
+def renormalised(weight: Tensor) -> Tensor:
+    """Return weights divided by their sum over the last dim; all zero stay zero."""
+    weight = in_float32(weight)
+    total = weight.sum(dim=-1, keepdim=True)
+    return weight / total.clamp_min(torch.finfo(weight.dtype).tiny)
+
+
+def _where_nan(scores: Tensor) -> str:
+    nan = scores.detach().isnan()
+    first = nan.nonzero()[0].tolist()
+    return (
+        f"{int(nan.sum())} of {scores.numel()}, the first at {first} of {tuple(scores.shape)}; "
+        "look for NaN or infinity in the gate's input and weights"
+    )
+
+
+def _where_outside(ids_N: Tensor, num_ids: int) -> str:
+    outside = (ids_N < 0) | (ids_N >= num_ids)
+    first = int(outside.nonzero()[0])
+    return (
+        f"{int(outside.sum())} of {ids_N.numel()} do not, the first is {int(ids_N[first])} "
+        f"of cell {first}"
+    )
