@@ -1,0 +1,31 @@
+"""`compact`: which cells go on.
+
+Legend: N cells.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from brt.errors import RouteError
+from brt.ops.registry import Operator
+
+_COMPACT = Operator("compact", "(Tensor keep_N) -> (Tensor index_N, Tensor count_1)")
+
+
+def compact(keep_N: Tensor) -> tuple[Tensor, Tensor]:
+    """(index_N, count_1): indices where ``keep`` holds, in order, then -1; and their number.
+
+    Both int64 and on the device: nothing waits.
+    """
+    return torch.ops.brt.compact(keep_N)  # type: ignore[no-any-return]
+
+
+@torch.library.register_fake("brt::compact")
+def _(keep_N: Tensor) -> tuple[Tensor, Tensor]:
+    if keep_N.ndim != 1 or keep_N.dtype.is_floating_point:
+        raise RouteError(f"compact: keep must be bool [N], got {keep_N.dtype}{list(keep_N.shape)}")
+    return keep_N.new_empty(keep_N.shape[0], dtype=torch.int64), keep_N.new_empty(
+        1, dtype=torch.int64
+    )

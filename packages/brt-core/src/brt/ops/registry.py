@@ -1,0 +1,226 @@
+"""How an operator of brt is defined, and how one call of it finds its kernel.
+
+Every operator is a ``torch.library`` operator of namespace ``brt``, so graphs, exports and
+``torch.compile`` see one node whichever kernel runs. The kernel is chosen inside, at call time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from brt import plugins
+from brt.errors import KernelError
+from brt.specs import KernelSpec
+
+LIBRARY = torch.library.Library("brt", "DEF")
+OPERATORS: dict[str, Operator] = {}
+
+_used: ContextVar[str | None] = ContextVar("brt.ops.use", default=None)
+_from_environment = os.environ.get("BRT_OPS") or None
+# (operator, signature of the arguments) -> name of the kernel that measured fastest
+_measured: dict[tuple[Any, ...], str] = {}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One kernel for one call: what `explain` prints a line of."""
+
+    name: str
+    owner: str
+    microseconds: float | None
+    refusal: str | None
+    chosen: bool = False
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why one call of an operator runs the kernel that it runs."""
+
+    op: str
+    arguments: str
+    candidates: tuple[Candidate, ...]
+    reason: str
+
+    @property
+    def chosen(self) -> str | None:
+        """Name of the kernel that runs; None where all refuse."""
+        return next((c.name for c in self.candidates if c.chosen), None)
+
+    def __str__(self) -> str:
+        what = f"{self.chosen}, {self.reason}" if self.chosen else "every kernel refuses"
+        lines = [f"{self.op}({self.arguments}): {what}"]
+        width = max(len(c.name) for c in self.candidates)
+        for c in self.candidates:
+            if c.refusal is not None:
+                what = f"refused: {c.refusal}"
+            else:
+                what = f"about {c.microseconds:.0f} us" + (", chosen" if c.chosen else "")
+            lines.append(f"  {c.name:<{width}}  {what}  ({c.owner})")
+        return "\n".join(lines)
+
+
+class Operator:
+    """One operator ``brt::<name>``: its schema, and the choice of its kernel at each call."""
+
+    def __init__(self, name: str, schema: str) -> None:
+        self.name = name
+        LIBRARY.define(name + schema)
+        LIBRARY.impl(name, self.run, "CompositeExplicitAutograd")
+        self.overload = getattr(torch.ops.brt, name).default
+        self.summary = ""
+        self._kernels: dict[str, list[tuple[KernelSpec, str]]] = {}
+        self._generation = -1
+        OPERATORS[name] = self
+
+    def kernels(self, device: str) -> list[tuple[KernelSpec, str]]:
+        """(spec, owner) of every kernel registered for a device type, by name."""
+        if self._generation != plugins.generation():
+            self._kernels.clear()
+            self._generation = plugins.generation()
+        found = self._kernels.get(device)
+        if found is None:
+            found = self._kernels[device] = plugins.kernels(self.name, device)
+            if not found:
+                raise KernelError(
+                    f"brt::{self.name}: no kernel for device {device!r}; there is a reference for "
+                    "every device in brt-core: is BRT_PLUGINS hiding the built-ins?"
+                )
+        return found
+
+    def run(self, *args: Any) -> Any:
+        """The operator itself: choose a kernel for these arguments and run its forward."""
+        return self.choose(args).forward(*args)
+
+    def choose(self, args: tuple[Any, ...]) -> KernelSpec:
+        """The kernel for these arguments; an error that lists every refusal where none fits."""
+        spec, _ = self._choose(args)
+        if spec is None:
+            raise KernelError(f"no kernel takes this call\n{self.explain(*args)}")
+        return spec
+
+    def _choose(self, args: tuple[Any, ...]) -> tuple[KernelSpec | None, str]:
+        kernels = self.kernels(_device_of(args))
+        wanted = _used.get() or _from_environment
+        if wanted is not None:
+            named = self._named(wanted, kernels, args)
+            if named is not None:
+                return named, "named by the user"
+        if len(kernels) == 1:
+            return kernels[0][0], "the only one"
+        if _measured:
+            name = _measured.get((self.name, *signature(args)))
+            for spec, _ in kernels:
+                if spec.name == name and spec.refuses(*args) is None:
+                    return spec, "measured fastest"
+        best, best_time = None, float("inf")
+        for spec, _ in kernels:  # sorted by name: the first of equals wins
+            if spec.refuses(*args) is None:
+                time = spec.estimate(*args)
+                if time < best_time:
+                    best, best_time = spec, time
+        return best, "lowest estimate"
+
+    def _named(
+        self, wanted: str, kernels: list[tuple[KernelSpec, str]], args: tuple[Any, ...]
+    ) -> KernelSpec | None:
+        for spec, _ in kernels:
+            if spec.name == wanted:
+                refusal = spec.refuses(*args)
+                if refusal is not None:
+                    raise KernelError(
+                        f"brt::{self.name}: kernel {wanted!r} was named and refuses "
+                        f"{_describe(args)}: {refusal}"
+                    )
+                return spec
+        known = {spec.name for op in OPERATORS.values() for spec, _ in op.kernels("cpu")}
+        known |= {spec.name for op in OPERATORS.values() for spec, _ in op.kernels("cuda")}
+        if wanted not in known:
+            raise KernelError(f"no kernel named {wanted!r}; there are: {', '.join(sorted(known))}")
+        return None  # a kernel of other operators: this one chooses as always
+
+    def explain(self, *args: Any) -> Explanation:
+        """Every candidate for these arguments, with its estimate or its refusal."""
+        args = self._with_defaults(args)
+        chosen, reason = self._choose(args)
+        rows = []
+        for spec, owner in self.kernels(_device_of(args)):
+            refusal = spec.refuses(*args)
+            time = spec.estimate(*args) if refusal is None else None
+            rows.append(Candidate(spec.name, owner, time, refusal, spec is chosen))
+        return Explanation(f"brt::{self.name}", _describe(args), tuple(rows), reason)
+
+    def backward(self, args: tuple[Any, ...]) -> Callable[..., Any] | None:
+        """The chosen kernel's own backward for these forward arguments, where it has one."""
+        return self.choose(self._with_defaults(args)).backward
+
+    def _with_defaults(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        schema = self.overload._schema.arguments
+        return args + tuple(a.default_value for a in schema[len(args) :])
+
+
+@contextlib.contextmanager
+def use(name: str) -> Iterator[None]:
+    """Run every operator on the kernel of this name inside the block, where it has one.
+
+    ``use("reference")`` is the plain-torch specification. A kernel that refuses the arguments is
+    an error here, not a silent fallback. An operator that has no kernel of this name chooses as
+    always.
+    """
+    token = _used.set(name)
+    try:
+        yield
+    finally:
+        _used.reset(token)
+
+
+def explain(op: str, *args: Any) -> Explanation:
+    """Why ``brt::op(*args)`` would run the kernel that it would run: `print` the result."""
+    if op not in OPERATORS:
+        raise KernelError(f"no operator brt::{op}; there are: {', '.join(sorted(OPERATORS))}")
+    return OPERATORS[op].explain(*args)
+
+
+def remember(op: str, args: tuple[Any, ...], name: str) -> None:
+    """Prefer a kernel, by measurement, for calls with arguments of this signature."""
+    _measured[(op, *signature(args))] = name
+
+
+def forget() -> None:
+    """Drop every measured choice."""
+    _measured.clear()
+
+
+def signature(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What a measured choice depends on: dtypes, devices and shapes of tensors; other values."""
+    return tuple(
+        (a.dtype, a.device.type, tuple(a.shape)) if isinstance(a, Tensor) else _hashable(a)
+        for a in args
+    )
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _device_of(args: tuple[Any, ...]) -> str:
+    for a in args:
+        if isinstance(a, Tensor):
+            return a.device.type
+    raise KernelError("an operator of brt needs at least one tensor")
+
+
+def _describe(args: tuple[Any, ...]) -> str:
+    def one(a: Any) -> str:
+        if isinstance(a, Tensor):
+            return f"{str(a.dtype).removeprefix('torch.')}{list(a.shape)} {a.device.type}"
+        return repr(a)
+
+    return ", ".join(one(a) for a in args)

@@ -1,0 +1,9 @@
+"""Routers: where cells part, and where they meet again."""
+
+from brt.routers.base import Router
+from brt.routers.exit import EarlyExit
+from brt.routers.gather import GatherRouter
+from brt.routers.loop import LoopRouter
+from brt.routers.scatter import ScatterRouter
+
+__all__ = ["EarlyExit", "GatherRouter", "LoopRouter", "Router", "ScatterRouter"]
