@@ -1,0 +1,110 @@
+// Checks and small helpers that every operator's host side uses.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <limits>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+namespace brt {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+#define BRT_CHECK STD_TORCH_CHECK
+
+inline std::string shape_of(const Tensor& t) {
+  std::string text = "[";
+  for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
+  return text + "]";
+}
+
+inline const char* dtype_name(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Half: return "float16";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Bool: return "bool";
+    default: return "another dtype";
+  }
+}
+
+inline bool is_index(ScalarType type) { return type == ScalarType::Int || type == ScalarType::Long; }
+
+inline bool is_real(ScalarType type) {
+  return type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16;
+}
+
+inline bool same_device(const Tensor& a, const Tensor& b) {
+  return a.is_cuda() == b.is_cuda() && a.is_cpu() == b.is_cpu() &&
+      a.get_device_index() == b.get_device_index();
+}
+
+inline void check_index(const Tensor& t, const char* name, int64_t rank) {
+  BRT_CHECK(t.dim() == rank, name, " must be ", rank, "-D, got ", shape_of(t));
+  BRT_CHECK(is_index(t.scalar_type()), name, " must be int32 or int64, got ", dtype_name(t.scalar_type()));
+}
+
+inline void check_real(const Tensor& t, const char* name) {
+  BRT_CHECK(is_real(t.scalar_type()), name, " must be float32, float16 or bfloat16, got ",
+            dtype_name(t.scalar_type()));
+}
+
+inline void check_device(const Tensor& t, const char* name, const Tensor& like) {
+  BRT_CHECK(same_device(t, like), name, " is on another device than the first tensor");
+}
+
+inline Tensor as_contiguous(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
+// An int64, contiguous copy, or the tensor itself where it is one already.
+inline Tensor as_int64(const Tensor& t) {
+  if (t.scalar_type() == ScalarType::Long) return as_contiguous(t);
+  return as_contiguous(torch::stable::to(t, std::make_optional(ScalarType::Long)));
+}
+
+inline Tensor as_float32(const Tensor& t) {
+  if (t.scalar_type() == ScalarType::Float) return as_contiguous(t);
+  return as_contiguous(torch::stable::to(t, std::make_optional(ScalarType::Float)));
+}
+
+inline Tensor new_empty(const Tensor& like, std::vector<int64_t> shape, ScalarType type) {
+  return torch::stable::new_empty(like, shape, type);
+}
+
+// The shape of `t` with its first size replaced: a [N, S...] to a [R, S...].
+inline std::vector<int64_t> with_rows(const Tensor& t, int64_t num_rows) {
+  std::vector<int64_t> shape(t.sizes().begin(), t.sizes().end());
+  shape[0] = num_rows;
+  return shape;
+}
+
+inline int64_t row_numel(const Tensor& t) {
+  int64_t numel = 1;
+  for (int64_t i = 1; i < t.dim(); ++i) numel *= t.size(i);
+  return numel;
+}
+
+// a * b + c, or an error where it does not fit: sizes come from the caller.
+inline int64_t checked_size(int64_t a, int64_t b, int64_t c) {
+  int64_t product = 0, sum = 0;
+  BRT_CHECK(a >= 0 && b >= 0 && c >= 0 && !__builtin_mul_overflow(a, b, &product) &&
+                !__builtin_add_overflow(product, c, &sum) && sum < (int64_t{1} << 46),
+            "size ", a, " * ", b, " + ", c, " is out of range");
+  return sum;
+}
+
+}  // namespace brt

@@ -1,0 +1,36 @@
+// The inner loops that are built once for each instruction set, and the table that leads to them.
+// No header of torch or of C++ here: see CMakeLists.txt.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace brt {
+
+enum class Real : int { kFloat32, kFloat16, kBFloat16 };
+enum class Activation : int { kNone, kRelu, kGelu, kGeluTanh, kSilu, kSwiglu };
+
+struct Kernels {
+  const char* name;
+
+  // rows.cpp
+  // Copies num_bytes; `stream` = past the caches.
+  void (*copy_row)(void* dst, const void* src, int64_t num_bytes, bool stream);
+  void (*zero_row)(void* dst, int64_t num_bytes, bool stream);
+  // dst = weight * src
+  void (*scale_row)(void* dst, const void* src, float weight, int64_t numel, Real type, bool stream);
+  // dst = sum over k of weights[k] * rows[k]; weights null = 1
+  void (*sum_rows)(void* dst, const void* const* rows, const float* weights, int64_t num_rows, int64_t numel,
+                   Real type, bool stream);
+  // the same of float32 rows into `type`
+  void (*sum_float_rows)(void* dst, const float* const* rows, const float* weights, int64_t num_rows,
+                         int64_t numel, Real type);
+  float (*dot_row)(const void* a, const void* b, int64_t numel, Real type);
+  void (*fence)();  // after the last streaming store of a thread
+};
+
+namespace avx2 { const Kernels* kernels(); }
+namespace avx512 { const Kernels* kernels(); }
+namespace avx512_bf16 { const Kernels* kernels(); }
+
+}  // namespace brt

@@ -1,0 +1,23 @@
+// The table of this instruction set.
+#include "rows.h"
+
+#define BRT_TEXT_(x) #x
+#define BRT_TEXT(x) BRT_TEXT_(x)
+
+namespace brt::BRT_ISA {
+
+const Kernels* kernels() {
+  static const Kernels table = {
+      .name = BRT_TEXT(BRT_ISA),
+      .copy_row = copy_row,
+      .zero_row = zero_row,
+      .scale_row = scale_row,
+      .sum_rows = sum_rows,
+      .sum_float_rows = sum_float_rows,
+      .dot_row = dot_row,
+      .fence = fence,
+  };
+  return &table;
+}
+
+}  // namespace brt::BRT_ISA

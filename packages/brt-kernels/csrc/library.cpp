@@ -1,0 +1,19 @@
+// Every schema of this package, beside its implementations: a schema that says `int` where C++ takes a Tensor
+// is a crash, not an error, so the two are built into one file and tested with opcheck.
+//
+// N cells, P paths, K choices of a cell, R routed rows, S trailing sizes of a cell, I O D H features.
+#include "check.h"
+
+STABLE_TORCH_LIBRARY(brt_kernels, m) {
+  m.def("use_isa(str name) -> str");
+  m.def(
+      "route(Tensor choice_NK, SymInt num_paths, SymInt[]? capacity=None, Tensor? priority_N=None, "
+      "SymInt group_size=0, SymInt multiple=1) -> (Tensor cell_R, Tensor slot_R, Tensor row_NK, Tensor offsets_P1)");
+  m.def(
+      "route_mask(Tensor mask_NP, SymInt[]? capacity=None, Tensor? priority_N=None, SymInt group_size=0, "
+      "SymInt multiple=1) -> (Tensor cell_R, Tensor slot_R, Tensor row_NK, Tensor offsets_P1)");
+  m.def("dispatch(Tensor x_NS, Tensor cell_R, Tensor row_NK, Tensor? weight_R=None) -> Tensor");
+  m.def("combine(Tensor rows_RS, Tensor row_NK, Tensor cell_R, Tensor? weight_R=None) -> Tensor");
+  m.def("row_dot(Tensor rows_RS, Tensor cells_NS, Tensor cell_R, Tensor row_NK) -> Tensor");
+  m.def("compact(Tensor keep_N) -> (Tensor index_N, Tensor count_1)");
+}
