@@ -1,0 +1,1 @@
+"""Dynamic networks built with brt: models, their weights, demos and benchmark workloads."""

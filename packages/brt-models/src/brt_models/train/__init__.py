@@ -1,0 +1,1 @@
+"""Training scripts, one a model: python -m brt_models.train.<model>."""
