@@ -22,6 +22,10 @@ class Protocol(ABC):
     Arithmetic on scores (softmax, sums, renormalising, noise) runs in float32, or in float64 for
     float64 scores, also under ``torch.autocast``, and its result stays so. Scores that are only
     picked keep their dtype.
+
+    Protocols that draw random numbers take a ``generator``; None is torch's own of the device.
+    Leave it None under ``torch.compile``, which cannot take one, and under activation
+    checkpointing, which replays the state of torch's own only.
     """
 
     name: ClassVar[str]
@@ -51,23 +55,30 @@ class Protocol(ABC):
     def decide(self, scores: Tensor, num_paths: int) -> Decision:
         """Decide for scores that `check` has passed. Capacity is declared, never applied."""
 
-    def max_rows(self, num_cells: int, num_paths: int) -> int:
-        """Return the most rows that a decision for so many cells can route: what to allocate."""
+    def max_rows(self, num_cells: int, num_paths: int, group_size: int | None = None) -> int:
+        """Return the most rows that a decision for so many cells can route: what to allocate.
+
+        ``group_size`` is that of the decision; only protocols with a capacity look at it.
+        """
         return num_cells * num_paths
 
 
-def check_scores(name: str, scores: Tensor, num_paths: int, *, grouped: bool = False) -> None:
-    """Raise unless ``scores`` are floats ``[N, P]``, or if grouped ``[G, S, P]``, without NaN."""
-    wanted = "[N, P] or [G, S, P]" if grouped else "[N, P]"
+def check_scores(
+    name: str, scores: Tensor, num_paths: int, *, grouped: bool = False, per_path: int = 1
+) -> None:
+    """Raise unless ``scores`` are floats ``[N, per_path * P]`` without NaN.
+
+    With ``grouped`` also ``[G, S, P]``.
+    """
     if scores.ndim != 2 and not (grouped and scores.ndim == 3):
         raise ProtocolError(
-            f"{name}: scores must be {wanted}, got shape {tuple(scores.shape)}; "
-            "cells come first (brt.annotate makes rows of them)"
+            f"{name}: scores must be {'[N, P] or [G, S, P]' if grouped else '[N, P]'}, "
+            f"got shape {tuple(scores.shape)}; cells come first (brt.annotate makes rows of them)"
         )
-    if scores.shape[-1] != num_paths:
+    if scores.shape[-1] != per_path * num_paths:
         raise ProtocolError(
-            f"{name}: scores of shape {tuple(scores.shape)} are for {scores.shape[-1]} paths, "
-            f"but num_paths is {num_paths}; one score for each path is needed"
+            f"{name}: scores of shape {tuple(scores.shape)} came for {num_paths} paths; "
+            f"the last dim must be {per_path * num_paths}"
         )
     check_floats(name, scores)
 
@@ -77,11 +88,11 @@ def check_floats(name: str, scores: Tensor) -> None:
     if not scores.is_floating_point():
         raise ProtocolError(
             f"{name}: scores must be floats, got {scores.dtype}; "
-            "ids are for the protocols label, task and hash"
+            "ids are for the protocols label, task, hash and greedy-decoding"
         )
     if not checks.wanted(scores) or scores.numel() == 0:
         return
-    # The maximum is NaN if any score is; one pass, and -inf (a path ruled out) stays allowed.
+    # The maximum is NaN if any score is: one pass, and -inf (a path ruled out) stays allowed.
     peak = scores.detach().amax()
     checks.check_values(
         peak == peak,
@@ -91,13 +102,18 @@ def check_floats(name: str, scores: Tensor) -> None:
     )
 
 
-def check_ids(name: str, ids_N: Tensor, num_ids: int) -> None:
-    """Raise unless ``ids_N`` are int64 ``[N]`` in ``range(num_ids)``."""
+def check_id_form(name: str, ids_N: Tensor) -> None:
+    """Raise unless ``ids_N`` are int64 ``[N]``."""
     if ids_N.ndim != 1 or ids_N.dtype != torch.int64:
         raise ProtocolError(
             f"{name}: scores must be int64 ids [N], one a cell, "
             f"got {ids_N.dtype} of shape {tuple(ids_N.shape)}"
         )
+
+
+def check_ids(name: str, ids_N: Tensor, num_ids: int) -> None:
+    """Raise unless ``ids_N`` are int64 ``[N]`` in ``range(num_ids)``."""
+    check_id_form(name, ids_N)
     if not checks.wanted(ids_N) or ids_N.numel() == 0:
         return
     least, most = torch.aminmax(ids_N)
@@ -107,6 +123,43 @@ def check_ids(name: str, ids_N: Tensor, num_ids: int) -> None:
         detail=lambda: _where_outside(ids_N, num_ids),
         error=ProtocolError,
     )
+
+
+def check_two_paths(name: str, num_paths: int) -> None:
+    """Raise unless there are two paths."""
+    if num_paths != 2:
+        raise ProtocolError(f"{name} decides between 2 paths, but num_paths is {num_paths}")
+
+
+def check_k(name: str, k: int, num_paths: int) -> None:
+    """Raise if a cell is to take more paths than there are."""
+    if k > num_paths:
+        raise ProtocolError(
+            f"{name}: each cell is to take k={k} paths, but there are {num_paths}; "
+            "lower k or raise num_paths"
+        )
+
+
+def check_at_least(name: str, option: str, value: object, least: int) -> None:
+    """Raise unless an option is an integer of at least ``least``."""
+    if not isinstance(value, int) or value < least:
+        raise ProtocolError(f"{name}: {option} must be an integer >= {least}, got {value!r}")
+
+
+def check_generator(name: str, generator: torch.Generator | None, scores: Tensor) -> None:
+    """Raise where random numbers for ``scores`` cannot be drawn from ``generator``."""
+    if generator is None:
+        return
+    if torch.compiler.is_compiling():
+        raise ProtocolError(
+            f"{name}: torch.compile and torch.export cannot draw from a generator; "
+            "leave generator=None and seed with torch.manual_seed"
+        )
+    if generator.device.type != scores.device.type:
+        raise ProtocolError(
+            f"{name}: the generator is on {generator.device}, but the scores are on "
+            f"{scores.device}; make it with torch.Generator(device={str(scores.device)!r})"
+        )
 
 
 def in_float32(scores: Tensor) -> Tensor:
@@ -119,11 +172,19 @@ def softmax(scores: Tensor) -> Tensor:
     return torch.softmax(in_float32(scores), dim=-1)
 
 
-def renormalised(weight: Tensor) -> Tensor:
-    """Return weights divided by their sum over the last dim; all zero stay zero."""
-    weight = in_float32(weight)
-    total = weight.sum(dim=-1, keepdim=True)
-    return weight / total.clamp_min(torch.finfo(weight.dtype).tiny)
+def uniform(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Return random numbers in [0, 1) of the shape of ``like``."""
+    # Naming generator=None fails on symbolic sizes, torch 2.13
+    if generator is None:
+        return torch.rand_like(like)
+    return torch.rand(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+
+
+def gaussian(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Return standard normal random numbers of the shape of ``like``."""
+    if generator is None:
+        return torch.randn_like(like)
+    return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
 
 
 def _where_nan(scores: Tensor) -> str:
