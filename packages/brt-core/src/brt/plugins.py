@@ -21,7 +21,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pluggy
 
@@ -161,25 +161,29 @@ class Manager:
         return "\n  ".join(dict.fromkeys((message, *self._failures, *left_out)))
 
     def _register(self, plugin: Any, entry: Plugin) -> None:
+        if self._pm.is_registered(plugin):
+            raise PluginError(f"it is registered already, as {self._pm.get_name(plugin)!r}")
+        name = f"{entry.name} of {entry.owner}"
+        if self._pm.has_plugin(name):  # another object of the same class
+            name += f" ({len(self._registered)})"
         try:
-            self._pm.register(plugin, name=f"{entry.owner}: {entry.name}")
-        except ValueError as error:  # it is there already; leave that one alone
-            raise PluginError(str(error)) from error
-        except pluggy.PluginValidationError as error:
-            self._pm.unregister(plugin)
-            raise PluginError(str(error)) from error
-        try:
+            self._pm.register(plugin, name=name)
             self._pm.check_pending()
         except pluggy.PluginValidationError as error:
-            hooks = [hook.name for hook in self._pm.get_hookcallers(plugin) or ()]
-            self._pm.unregister(plugin)
-            hints = (did_you_mean(hook, HOOKS) for hook in hooks if hook not in HOOKS)
-            raise PluginError(f"{error}{next(hints, '')}") from error
-        hooks = sorted(hook.name for hook in self._pm.get_hookcallers(plugin) or ())
-        self._registered[id(plugin)] = replace(entry, hooks=tuple(hooks))
-        for name in set(HOOKS) - set(hooks):
-            if inspect.isroutine(getattr(plugin, name, None)):
-                self._fail(f"{name} of {entry.owner} is not called: it lacks @brt.hookimpl")
+            hint = ""
+            if self._pm.is_registered(plugin):
+                pending = self._hooks_of(plugin) - set(HOOKS)
+                hint = "".join(did_you_mean(hook, HOOKS) for hook in sorted(pending))
+                self._pm.unregister(plugin)
+            raise PluginError(f"{error}{hint}") from error
+        hooks = self._hooks_of(plugin)
+        self._registered[id(plugin)] = replace(entry, hooks=tuple(sorted(hooks)))
+        for hook in set(HOOKS) - hooks:
+            if inspect.isroutine(getattr(plugin, hook, None)):
+                self._fail(f"{hook} of {entry.owner} is not called: it lacks @brt.hookimpl")
+
+    def _hooks_of(self, plugin: object) -> set[str]:
+        return {hook.name for hook in self._pm.get_hookcallers(plugin) or ()}
 
     def _load_entry_points(self) -> None:
         points = sorted(metadata.entry_points(group="brt"), key=lambda p: (p.name, _owner(p)))
@@ -303,7 +307,7 @@ def _checked(hook: str, wanted: type, specs: Iterable[object]) -> Iterator[AnySp
     for spec in specs:
         if not isinstance(spec, wanted):
             raise PluginError(f"{hook} must yield {wanted.__name__}, got {type(spec).__name__}")
-        yield spec
+        yield cast(AnySpec, spec)
 
 
 def _by_name(offers: list[tuple[Any, str]]) -> dict[str, tuple[Any, str]]:
