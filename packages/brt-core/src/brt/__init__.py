@@ -2,7 +2,8 @@
 
 from importlib.metadata import version
 
-from brt import ops, protocols, reference
+from brt import losses, ops, protocols, reference
+from brt.adapt import Adapted, adapt
 from brt.cells import Cells, Grid, PatchGrid, Root, annotate, annotate_patches
 from brt.checks import check
 from brt.decision import Decision
@@ -35,6 +36,7 @@ from brt.specs import (
 __version__ = version("brt-core")
 
 __all__ = [
+    "Adapted",
     "AdapterSpec",
     "BrtError",
     "Cells",
@@ -64,6 +66,7 @@ __all__ = [
     "TraceError",
     "WorkloadSpec",
     "__version__",
+    "adapt",
     "annotate",
     "annotate_patches",
     "check",
