@@ -39,9 +39,10 @@ def brt_passes() -> Iterator[PassSpec]:
 
 @hookimpl
 def brt_kernels() -> Iterator[KernelSpec]:
-    from brt.ops import REFERENCE_KERNELS
+    from brt.ops import REFERENCE_KERNELS, TORCH_KERNELS
 
     yield from REFERENCE_KERNELS
+    yield from TORCH_KERNELS
 
 
 @hookimpl

@@ -19,10 +19,12 @@ from brt.ops.registry import (
 )
 from brt.ops.route import route, route_mask
 from brt.ops.row_dot import row_dot
+from brt.ops.torch_kernels import TORCH_KERNELS
 
 __all__ = [
     "OPERATORS",
     "REFERENCE_KERNELS",
+    "TORCH_KERNELS",
     "Candidate",
     "Explanation",
     "Operator",

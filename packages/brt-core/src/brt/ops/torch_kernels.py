@@ -1,0 +1,99 @@
+"""Kernels that torch itself has, where they spare the host a look at the loads.
+
+Legend: R rows, P paths, I features in, O features out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from brt.ops.grouped_linear import activate
+from brt.specs import KernelSpec
+
+# The grouped product of torch reads 16 bytes at a time and takes this many groups
+_ALIGNMENT_BYTES = 16
+_MAX_GROUPS = 1023
+_LAUNCH_US = 20.0
+_FLOPS_PER_US = 2e8
+
+
+def _grouped_linear(
+    x_RI: Tensor,
+    offsets_P1: Tensor,
+    weight_POI: Tensor,
+    bias_PO: Tensor | None,
+    activation: str,
+) -> Tensor:
+    ends_P = offsets_P1[1:].to(torch.int32)
+    out_RO = F.grouped_mm(x_RI, weight_POI.transpose(1, 2), offs=ends_P)
+    row_R = torch.arange(x_RI.shape[0], device=x_RI.device)
+    if bias_PO is not None:
+        path_R = torch.bucketize(row_R, ends_P, right=True).clamp(max=weight_POI.shape[0] - 1)
+        out_RO = out_RO + bias_PO.index_select(0, path_R)
+    out_RO = activate(out_RO, activation)
+    # Rows past the last offset are not computed: whatever lay there must not be seen
+    return out_RO.masked_fill((row_R >= ends_P[-1])[:, None], 0)
+
+
+def _grouped_outer(y_RO: Tensor, x_RI: Tensor, offsets_P1: Tensor) -> Tensor:
+    return F.grouped_mm(y_RO.t(), x_RI, offs=offsets_P1[1:].to(torch.int32))
+
+
+def _refuses(x_RI: Tensor, num_paths: int, *others: Tensor) -> str | None:
+    if x_RI.dtype != torch.bfloat16 or any(other.dtype != torch.bfloat16 for other in others):
+        return "takes bfloat16"
+    if torch.cuda.get_device_capability(x_RI.device) < (9, 0):
+        return "waits for the host before sm_90"
+    if not 1 <= num_paths <= _MAX_GROUPS or x_RI.shape[0] == 0:
+        return f"takes 1 to {_MAX_GROUPS} paths and at least one row"
+    for tensor in (x_RI, *others):
+        if tensor.stride(-1) != 1 and tensor.stride(-2) != 1:
+            return "takes rows or columns without gaps"
+        leading = max(tensor.stride(-1), tensor.stride(-2))
+        if leading * tensor.element_size() % _ALIGNMENT_BYTES or tensor.data_ptr() % 16:
+            return f"takes strides of a multiple of {_ALIGNMENT_BYTES} bytes"
+    return None
+
+
+def _refuses_linear(
+    x_RI: Tensor, offsets_P1: Tensor, weight_POI: Tensor, *_: Any
+) -> str | None:
+    return _refuses(x_RI, weight_POI.shape[0], weight_POI)
+
+
+def _refuses_outer(y_RO: Tensor, x_RI: Tensor, offsets_P1: Tensor) -> str | None:
+    return _refuses(x_RI, offsets_P1.shape[0] - 1, y_RO)
+
+
+def _estimate_linear(x_RI: Tensor, offsets_P1: Tensor, weight_POI: Tensor, *_: Any) -> float:
+    flops = 2 * x_RI.shape[0] * weight_POI.shape[1] * weight_POI.shape[2]
+    return _LAUNCH_US + flops / _FLOPS_PER_US
+
+
+def _estimate_outer(y_RO: Tensor, x_RI: Tensor, offsets_P1: Tensor) -> float:
+    flops = 2 * x_RI.shape[0] * x_RI.shape[1] * y_RO.shape[1]
+    return _LAUNCH_US + flops / _FLOPS_PER_US
+
+
+TORCH_KERNELS = (
+    KernelSpec(
+        op="grouped_linear",
+        device="cuda",
+        name="torch-grouped-mm",
+        forward=_grouped_linear,
+        refuses=_refuses_linear,
+        estimate=_estimate_linear,
+    ),
+    KernelSpec(
+        op="grouped_outer",
+        device="cuda",
+        name="torch-grouped-mm",
+        forward=_grouped_outer,
+        refuses=_refuses_outer,
+        estimate=_estimate_outer,
+    ),
+)
