@@ -50,11 +50,11 @@ def expert_mlp(
     )  # fmt: skip
     _check(*args, activation)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args):
-        return _parts(*args, activation)
+        return expert_mlp_parts(*args, activation)
     return torch.ops.brt.expert_mlp(*args, activation)  # type: ignore[no-any-return]
 
 
-def _parts(
+def expert_mlp_parts(
     x_ND: Tensor,
     cell_R: Tensor,
     row_NK: Tensor,
@@ -66,6 +66,7 @@ def _parts(
     down_bias_PD: Tensor | None,
     activation: str,
 ) -> Tensor:
+    """`expert_mlp` as the operators that it consists of, each with the kernel of its choice."""
     rows_RD = _dispatch.dispatch(x_ND, cell_R, row_NK)
     if activation == "swiglu":
         gate_RH, up_RH = grouped_linear(rows_RD, offsets_P1, up_PHD, up_bias_PH).chunk(2, 1)
@@ -131,7 +132,7 @@ def _backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
             if inputs[i] is not None:
                 inputs[i] = inputs[i].detach().requires_grad_(ctx.needs_input_grad[i])
         wanted = [i for i in floats if inputs[i] is not None and ctx.needs_input_grad[i]]
-        out_ND = _parts(*inputs, ctx.activation)
+        out_ND = expert_mlp_parts(*inputs, ctx.activation)
         found = torch.autograd.grad(out_ND, [inputs[i] for i in wanted], grad_ND)
     grads: list[Tensor | None] = [None] * 10
     for i, grad in zip(wanted, found, strict=True):

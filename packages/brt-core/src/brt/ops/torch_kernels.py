@@ -1,4 +1,4 @@
-"""Kernels that torch itself has, where they spare the host a look at the loads.
+"""Kernels made of what torch and brt have, where they spare the host a look at the loads.
 
 Legend: R rows, P paths, I features in, O features out.
 """
@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from brt.ops.expert_mlp import expert_mlp_parts
 from brt.ops.grouped_linear import activate
-from brt.specs import KernelSpec
+from brt.specs import ANY_DEVICE, KernelSpec
 
 # The grouped product of torch reads 16 bytes at a time and takes this many groups
 _ALIGNMENT_BYTES = 16
 _MAX_GROUPS = 1023
 _LAUNCH_US = 20.0
 _FLOPS_PER_US = 2e8
+_CPU_FLOPS_PER_US = 1e5
 
 
 def _grouped_linear(
@@ -79,7 +81,22 @@ def _estimate_outer(y_RO: Tensor, x_RI: Tensor, offsets_P1: Tensor) -> float:
     return _LAUNCH_US + flops / _FLOPS_PER_US
 
 
+def _estimate_parts(*args: Any) -> float:
+    x_ND, cell_R, up_PHD, down_PDH = args[0], args[1], args[5], args[7]
+    rows, dim = cell_R.shape[0], x_ND.shape[1]
+    flops = 2 * rows * (up_PHD.shape[1] * dim + down_PDH.shape[1] * down_PDH.shape[2])
+    rate = _FLOPS_PER_US if x_ND.is_cuda else _CPU_FLOPS_PER_US
+    return 4 * _LAUNCH_US + flops / rate
+
+
 TORCH_KERNELS = (
+    KernelSpec(
+        op="expert_mlp",
+        device=ANY_DEVICE,
+        name="parts",
+        forward=expert_mlp_parts,
+        estimate=_estimate_parts,
+    ),
     KernelSpec(
         op="grouped_linear",
         device="cuda",
