@@ -12,10 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from brt.errors import RouteError
-from brt.ops import combine as _combine
-from brt.ops import dispatch as _dispatch
+from brt.ops.combine import combine
 from brt.ops.autocast import register_autocast
-from brt.ops.dispatch import check_rows, same_size
+from brt.ops.dispatch import check_rows, dispatch, same_size
 from brt.ops.grouped_linear import ACTIVATIONS, grouped_linear
 from brt.ops.registry import Operator
 
@@ -67,14 +66,14 @@ def expert_mlp_parts(
     activation: str,
 ) -> Tensor:
     """`expert_mlp` as the operators that it consists of, each with the kernel of its choice."""
-    rows_RD = _dispatch.dispatch(x_ND, cell_R, row_NK)
+    rows_RD = dispatch(x_ND, cell_R, row_NK)
     if activation == "swiglu":
         gate_RH, up_RH = grouped_linear(rows_RD, offsets_P1, up_PHD, up_bias_PH).chunk(2, 1)
         hidden_RH = F.silu(gate_RH) * up_RH
     else:
         hidden_RH = grouped_linear(rows_RD, offsets_P1, up_PHD, up_bias_PH, activation)
     out_RD = grouped_linear(hidden_RH, offsets_P1, down_PDH, down_bias_PD)
-    return _combine.combine(out_RD, row_NK, cell_R, weight_R)
+    return combine(out_RD, row_NK, cell_R, weight_R)
 
 
 def _check(
