@@ -52,6 +52,7 @@ class Decision:
             self._check_rest(given[0])
 
     def _check_choices(self, chosen: Tensor) -> None:
+        num_paths = self.num_paths
         if self.mask_NP is not None:
             _check_form("mask_NP", chosen, torch.bool, "[N, P]")
             num_paths = chosen.shape[1]
@@ -62,13 +63,12 @@ class Decision:
                 raise ProtocolError("Decision with cell_PC needs num_cells: it does not show N")
         else:
             _check_form("choice_NK", chosen, torch.int64, "[N, K]")
-            num_paths = self.num_paths
-        if num_paths != self.num_paths:
+        if _differs(num_paths, self.num_paths):
             raise ProtocolError(
                 f"Decision has num_paths={self.num_paths}, "
                 f"but its tensor of shape {tuple(chosen.shape)} has {num_paths}"
             )
-        if self.cell_PC is None:
+        if isinstance(self.num_cells, int) and self.cell_PC is None:
             object.__setattr__(self, "num_cells", chosen.shape[0])
 
     def _check_rest(self, chosen: Tensor) -> None:
@@ -81,13 +81,13 @@ class Decision:
                 )
             _check_device("weight", weight, chosen)
         if isinstance(priority_N, Tensor):
-            if priority_N.ndim != 1 or priority_N.shape[0] != self.num_cells:
+            if priority_N.ndim != 1 or _differs(priority_N.shape[0], self.num_cells):
                 raise ProtocolError(
                     f"Decision.priority_N must be one number for each of {self.num_cells} cells, "
                     f"got shape {tuple(priority_N.shape)}"
                 )
             _check_device("priority_N", priority_N, chosen)
-        if isinstance(self.capacity, tuple) and len(self.capacity) != self.num_paths:
+        if isinstance(self.capacity, tuple) and _differs(len(self.capacity), self.num_paths):
             raise ProtocolError(
                 f"Decision.capacity has {len(self.capacity)} entries for {self.num_paths} paths; "
                 "give one for all paths, or one for each"
@@ -139,6 +139,11 @@ class Decision:
             priority_N=self.priority_N,
             group_size=self.group_size,
         )
+
+
+def _differs(size: int, declared: int) -> bool:
+    """Compare with a field; torch.export puts wrappers of its own in place of ints, never equal."""
+    return isinstance(declared, int) and size != declared
 
 
 def _check_form(name: str, chosen: Tensor, dtype: torch.dtype, shape: str) -> None:
