@@ -221,7 +221,7 @@ def test_unknown_names_list_the_nearest() -> None:
     with pytest.raises(PluginError) as caught:
         manager.get("models", "acme-on")
     assert str(caught.value) == (
-        "no 'acme-on' among brt_models; did you mean 'acme-one'?; there are: acme-one"
+        "no 'acme-on' among brt_models; there are: acme-one; did you mean 'acme-one'?"
     )
     with pytest.raises(PluginError, match=r"pip install packages/brt-core packages/brt-models"):
         plugins.manager(entry_points=False).get("models", "switch")

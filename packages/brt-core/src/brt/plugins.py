@@ -152,11 +152,12 @@ class Manager:
         return offers
 
     def _not_found(self, kind: str, name: str, found: Collection[str]) -> str:
-        message = f"no {name!r} among {SPECS[kind].hook}{did_you_mean(name, found)}"
+        message = f"no {name!r} among {SPECS[kind].hook}"
+        home = _HOMES.get(kind)
         if found:
-            message += f"; there are: {', '.join(found)}"
-        elif kind in _HOMES:
-            message += f"; pip install packages/brt-core packages/{_HOMES[kind]} brings some"
+            message += f"; there are: {', '.join(found)}{did_you_mean(name, found)}"
+        elif home and not any(plugin.owner.startswith(home) for plugin in self._skipped):
+            message += f"; pip install packages/brt-core packages/{home} brings some"
         left_out = [f"plugin {p.name!r} ({p.owner}) {p.skipped}" for p in self._skipped]
         return "\n  ".join(dict.fromkeys((message, *self._failures, *left_out)))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -45,9 +45,7 @@ class Offer:
     def __post_init__(self) -> None:
         _require_kebab(type(self).__name__, self.name)
         if not isinstance(self.summary, str) or len(self.summary.strip().splitlines()) != 1:
-            raise PluginError(
-                f"{self}: the summary must be one line of text, got {self.summary!r}"
-            )
+            raise PluginError(f"{self}: the summary must be one line of text, got {self.summary!r}")
 
     def __str__(self) -> str:
         return f"{type(self).__name__} {self.name!r}"
@@ -76,7 +74,7 @@ class Spec(Offer):
         """
         given = {
             "name": getattr(made, "name", None),
-            "summary": inspect.cleandoc(made.__doc__ or "").partition("\n")[0],
+            "summary": inspect.cleandoc(made.__doc__ or "").partition("\n")[0].replace("``", ""),
             "factory": made,
         }
         return cls(**(given | fields))
@@ -128,7 +126,10 @@ class ModelSpec(Spec):
 
     `sample` makes the positional arguments of one forward call: ``sample(seed=0) -> tuple``;
     another seed gives another batch. `pretrained` makes the model with the weights that ship
-    with it, where there are any.
+    with it, where there are any. `demo` shows it at work, for ``brt demo``:
+    ``demo(source, out, *, compiled, console) -> Mapping`` takes a file of the user's (None for one
+    of its own), prints as it goes, writes what there is to see into the folder ``out``, and
+    returns its figures, ready for JSON.
     """
 
     kind = "models"
@@ -142,12 +143,14 @@ class ModelSpec(Spec):
     checkpoints: tuple[str, ...] = ()
     """Formats that the model loads: "huggingface", "safetensors"."""
     pretrained: Callable[[], nn.Module] | None = None
+    demo: Callable[..., Mapping[str, Any]] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _require_callable(str(self), "sample", self.sample)
-        if self.pretrained is not None:
-            _require_callable(str(self), "pretrained", self.pretrained)
+        for field in ("pretrained", "demo"):
+            if getattr(self, field) is not None:
+                _require_callable(str(self), field, getattr(self, field))
 
 
 @dataclass(frozen=True, kw_only=True)

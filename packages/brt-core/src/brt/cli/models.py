@@ -1,0 +1,110 @@
+"""`brt models`: the models that plugins offer, and the routers inside one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.tree import Tree
+
+from brt.cli import show
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from brt.specs import ModelSpec
+
+_HELP = """List models; [bold]brt models show NAME[/] draws one's routers.
+
+[bold]Examples[/]
+
+    brt models
+
+    brt models --json
+
+    brt models show patch-sr
+"""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    group = typer.Typer(help=_HELP, invoke_without_command=True)
+    group.callback()(models)
+    group.command("show")(show_model)
+    app.add_typer(group, name="models")
+
+
+def models(context: typer.Context, as_json: show.AsJson = False) -> None:
+    """List models."""  # Typer shows _HELP
+    if context.invoked_subcommand is not None:
+        return
+    from brt.plugins import collect
+
+    found = [_describe(spec, owner) for spec, owner in collect("models").values()]
+    show.rows(
+        found,
+        as_json=as_json,
+        title="Models",
+        empty="none is installed; pip install packages/brt-core packages/brt-models brings some",
+    )
+
+
+def show_model(
+    name: Annotated[str, typer.Argument(help="A name that `brt models` lists.")],
+    as_json: show.AsJson = False,
+) -> None:
+    """Draw the routers of a model, with their places and protocols.
+
+    [bold]Examples[/]
+
+        brt models show patch-sr
+
+        brt models show patch-sr --json
+    """
+    from brt import plugins
+
+    spec, owner = plugins.collect("models").get(name) or (plugins.get("models", name), "")
+    found = _routers(_shape_of(spec))
+    if as_json:
+        show.print_json(_describe(spec, owner) | {"routers": found})
+        return
+    tree = Tree(f"[bold]{escape(spec.title or name)}[/]: {escape(spec.summary)}")
+    for router in found:
+        place, kind = escape(router["place"]), escape(router["router"])
+        tree.add(f"[cyan]{place}[/] {kind} [dim]{escape(router['what'])}[/]")
+    show.console().print(tree)
+
+
+def _describe(spec: ModelSpec, owner: str) -> dict[str, Any]:
+    model = _shape_of(spec)
+    return {
+        "name": spec.name,
+        "what": spec.summary,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "routers": len(_routers(model)),
+        "cells": spec.cells,
+        "weights": "shipped" if spec.pretrained else "",
+        "checkpoints": spec.checkpoints,
+        "paper": spec.paper,
+        "from": owner,
+    }
+
+
+def _shape_of(spec: ModelSpec) -> nn.Module:
+    """The model without memory for its parameters."""
+    import torch
+
+    with torch.device("meta"):
+        model: nn.Module = spec.factory()
+    return model
+
+
+def _routers(model: nn.Module) -> list[dict[str, str]]:
+    from brt.routers import Router
+
+    return [
+        {"place": place, "router": type(module).__name__, "what": module.extra_repr()}
+        for place, module in model.named_modules()
+        if isinstance(module, Router)
+    ]
