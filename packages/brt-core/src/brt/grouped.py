@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function
 
 from brt import ops
 from brt.errors import RouteError
@@ -32,6 +33,9 @@ def each(modules: Iterable[nn.Module], paths: Iterable[Any]) -> list[Any]:
     skipped branch are zeros, not None), every module runs.
     """
     modules, paths = list(modules), list(paths)
+    flows = tuple(flow for path in paths for flow in (path if isinstance(path, tuple) else (path,)))
+    if has_torch_function(flows):
+        return handle_torch_function(each, flows, modules, paths)  # type: ignore[no-any-return]
     if len(modules) != len(paths):
         raise RouteError(f"each: {len(modules)} modules for {len(paths)} paths")
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
@@ -57,6 +61,10 @@ def grouped(modules: Sequence[nn.Module], rows_RI: Tensor, route: Route) -> Tens
     of this call does not grow with P, and nothing waits for the loads where the kernel does not
     (`brt.ops.explain`). Gradients reach every module's own parameters.
     """
+    if has_torch_function((rows_RI,)):
+        return handle_torch_function(  # type: ignore[no-any-return]
+            grouped, (rows_RI,), list(modules), rows_RI, route
+        )
     if len(modules) != route.num_paths:
         raise RouteError(f"grouped: {len(modules)} modules for a route of {route.num_paths} paths")
     if not isinstance(rows_RI, Tensor):
