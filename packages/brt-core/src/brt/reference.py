@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from brt.conv_steps import image_shape, unflatten_branch
+
 # Above this many choices a cell, `combine` walks rows on CPU instead of choices.
 _MANY_CHOICES = 16
 
@@ -276,3 +278,72 @@ def _wide(x: Tensor) -> torch.dtype:
 
 def _along_rows(values_R: Tensor, like: Tensor) -> Tensor:
     return values_R.view(-1, *([1] * (like.ndim - 1)))
+
+
+def conv_chain(
+    x_RCHW: Tensor,
+    offsets_P1: Tensor,
+    params: Sequence[Tensor],
+    steps: Sequence[int],
+    step_offsets_P1: Sequence[int],
+    scales: Sequence[float],
+) -> Tensor:
+    """Branch p's steps, one after another, on the rows of path p; ``[R, C', H', W']``.
+
+    A step is nine integers (see `brt.conv_steps.ConvStep`) and a scale:
+    ``dst = shuffle(post(act(conv(src) + bias) * scale + add))``. Rows past the last offset are
+    zero.
+    """
+    offsets = offsets_P1.tolist()
+    made = []
+    for p, (start, stop) in enumerate(zip(offsets, offsets[1:], strict=False)):
+        branch = unflatten_branch(steps, scales, step_offsets_P1[p], step_offsets_P1[p + 1])
+        registers = {0: x_RCHW[start:stop]}
+        for step in branch:
+            weight = params[step.weight]
+            bias = None if step.bias < 0 else params[step.bias]
+            image = F.conv2d(registers[step.src], weight, bias, padding=weight.shape[-1] // 2)
+            if step.act == 1:
+                image = F.relu(image)
+            elif step.act == 2:
+                image = F.prelu(image, params[step.slope])
+            if step.scale != 1.0:
+                image = image * step.scale
+            if step.add >= 0:
+                image = registers[step.add] + image
+            if step.post:
+                image = F.relu(image)
+            # torch's pixel shuffle has no backward for zero rows; `_shuffle` has
+            registers[step.dst] = _shuffle(image, step.shuffle)
+        made.append(registers[branch[-1].dst])
+    rest = x_RCHW.shape[0] - offsets[-1]
+    first = unflatten_branch(steps, scales, 0, step_offsets_P1[1])
+    made.append(x_RCHW.new_zeros((rest, *image_shape(x_RCHW, params, first))))
+    return torch.cat(made)
+
+
+def conv_chain_backward(
+    grad_RCHW: Tensor,
+    x_RCHW: Tensor,
+    offsets_P1: Tensor,
+    params: Sequence[Tensor],
+    steps: Sequence[int],
+    step_offsets_P1: Sequence[int],
+    scales: Sequence[float],
+) -> list[Tensor]:
+    """Gradients of `conv_chain` in the rows and in every parameter: the steps, computed again."""
+    with torch.enable_grad():
+        inputs = [t.detach().requires_grad_() for t in (x_RCHW, *params)]
+        out = conv_chain(inputs[0], offsets_P1, inputs[1:], steps, step_offsets_P1, scales)
+        grads = torch.autograd.grad(out, inputs, grad_RCHW, allow_unused=True)
+    return [
+        torch.zeros_like(t) if grad is None else grad
+        for t, grad in zip(inputs, grads, strict=True)
+    ]
+
+
+def _shuffle(image: Tensor, factor: int) -> Tensor:
+    if factor == 1:
+        return image
+    apart = image.unflatten(1, (-1, factor, factor))
+    return apart.permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)

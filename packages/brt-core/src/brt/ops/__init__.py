@@ -2,6 +2,7 @@
 
 from brt.ops.combine import combine
 from brt.ops.compact import compact
+from brt.ops.conv_chain import conv_chain
 from brt.ops.dispatch import dispatch, same_size
 from brt.ops.expert_mlp import expert_mlp
 from brt.ops.grouped_linear import grouped_linear, grouped_outer
@@ -30,6 +31,7 @@ __all__ = [
     "Operator",
     "combine",
     "compact",
+    "conv_chain",
     "dispatch",
     "expert_mlp",
     "explain",

@@ -37,14 +37,26 @@ def _estimate_mlp(*args: Any) -> float:
     return 2 * up_PHD.shape[0] * _OVERHEAD_US + flops / _FLOPS_PER_US + _estimate_moving(x_ND)
 
 
+def _estimate_chain(
+    x_RCHW: Tensor, offsets_P1: Tensor, params: list[Tensor], steps: list[int], *_: Any
+) -> float:
+    # As if every step ran on the rows of an average path, at the size of the input
+    weights = sum(params[i].numel() for i in steps[3::9])
+    num_paths = max(offsets_P1.shape[0] - 1, 1)
+    pixels = x_RCHW.shape[0] * x_RCHW.shape[2] * x_RCHW.shape[3] / num_paths
+    return _OVERHEAD_US * len(steps) / 9 + 2 * pixels * weights / _FLOPS_PER_US
+
+
 _ESTIMATES = {
+    "conv_chain": _estimate_chain,
     "grouped_linear": _estimate_linear,
     "grouped_outer": _estimate_outer,
     "expert_mlp": _estimate_mlp,
 }
 _OPS = (
     "route", "route_mask", "dispatch", "combine", "row_dot", "path_sizes", "compact",
-    "grouped_linear", "grouped_outer", "expert_mlp",
+    "grouped_linear", "grouped_outer", "expert_mlp", "conv_chain",
+    "conv_chain_backward",
 )  # fmt: skip
 
 REFERENCE_KERNELS = tuple(
