@@ -29,10 +29,10 @@ def timed(session_function: Callable[..., None]) -> Callable[..., None]:
     """Record how long a session takes, for the table that ends a run."""
 
     @functools.wraps(session_function)
-    def run(session: nox.Session, *args: str) -> None:
+    def run(session: nox.Session, **case: str) -> None:
         start = time.perf_counter()
         try:
-            session_function(session, *args)
+            session_function(session, **case)
         finally:
             spent[session.name] = time.perf_counter() - start
 
