@@ -15,6 +15,8 @@ from torch import Tensor
 from brt.errors import BrtError
 from brt_models import patch_sr, photos, quality
 from brt_models.patch_sr import PatchSR, PatchSRConfig
+from brt_models.patch_sr.config import Upsampler
+from brt_models.patch_sr.network import PixelShuffle
 from brt_models.resampling import crop_to_multiple, enlarge, shrink
 
 SMALL = PatchSRConfig(channels=(4, 6, 8), blocks=(0, 1, 2), size=12, stride=8, gate_channels=(8,))
@@ -70,7 +72,7 @@ def by_loop(model: PatchSR, x_BCHW: Tensor) -> Tensor:
 @pytest.mark.parametrize("case", SHAPES)
 @pytest.mark.parametrize("upsampler", ["direct", "progressive"])
 @torch.inference_mode()
-def test_equals_a_loop_over_patches(case: str, upsampler: patch_sr.Upsampler) -> None:
+def test_equals_a_loop_over_patches(case: str, upsampler: Upsampler) -> None:
     model = small(replace(SMALL, upsampler=upsampler))
     x_BCHW = torch.rand(SHAPES[case])
     out_BCHW = model(x_BCHW)
@@ -114,14 +116,14 @@ def test_compiles_into_one_graph() -> None:
 
 def test_pixel_shuffle_is_torchs() -> None:
     x_NFHW = torch.rand(2, 18, 4, 5)
-    ours, torchs = patch_sr.PixelShuffle(3), torch.nn.PixelShuffle(3)
+    ours, torchs = PixelShuffle(3), torch.nn.PixelShuffle(3)
     assert torch.equal(ours(x_NFHW), torchs(x_NFHW))
 
 
 @pytest.mark.parametrize(
     ("x", "message"),
     [
-        (torch.rand(1, 1, 40, 40), r"\[B, 3, H, W\].*got \[1, 1, 40, 40\]; .*photos.read"),
+        (torch.rand(1, 1, 40, 40), r"\[B, 3, H, W\].*got \[1, 1, 40, 40\]; .*picture_files.read"),
         (torch.rand(1, 4, 40, 40), r"got \[1, 4, 40, 40\]"),
         (torch.rand(3, 40, 40), r"got \[3, 40, 40\]"),
         (torch.rand(1, 3, 0, 40), r"got \[1, 3, 0, 40\]"),

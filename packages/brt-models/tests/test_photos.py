@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from brt.errors import BrtError
-from brt_models import photos
+from brt_models import photos, picture_files
 
 SPLITS = ("train", "profile", "held-out")
 
@@ -56,14 +56,14 @@ def test_a_missing_package_is_named() -> None:
 
 def test_greyscale_becomes_three_equal_channels(tmp_path: Path) -> None:
     Image.fromarray(np.array([[0, 51], [102, 255]], dtype=np.uint8)).save(tmp_path / "g.png")
-    x_CHW = photos.read(tmp_path / "g.png")
+    x_CHW = picture_files.read(tmp_path / "g.png")
     assert torch.equal(x_CHW[0], torch.tensor([[0, 0.2], [0.4, 1]]))
     assert torch.equal(x_CHW, x_CHW[:1].expand(3, -1, -1))
 
 
 def test_sixteen_bits_are_scaled(tmp_path: Path) -> None:
     Image.fromarray(np.array([[0, 32768], [65535, 1]], dtype=np.uint16)).save(tmp_path / "g.png")
-    x_CHW = photos.read(tmp_path / "g.png")
+    x_CHW = picture_files.read(tmp_path / "g.png")
     assert x_CHW.shape == (3, 2, 2)
     torch.testing.assert_close(x_CHW[1, 0], torch.tensor([0, 32768 / 65535]))
 
@@ -77,7 +77,7 @@ def test_transparency_lies_on_white(tmp_path: Path, mode: str) -> None:
     elif mode == "LA":
         image = image.convert("LA")
     image.save(tmp_path / "a.png")
-    x_CHW = photos.read(tmp_path / "a.png")
+    x_CHW = picture_files.read(tmp_path / "a.png")
     assert x_CHW[:, 0].tolist() == [[0, 1]] * 3
 
 
@@ -85,27 +85,31 @@ def test_a_camera_held_sideways(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
     Image.new("RGB", (8, 4)).save(tmp_path / "e.jpg", exif=exif)
-    assert photos.read(tmp_path / "e.jpg").shape == (3, 8, 4)
+    assert picture_files.read(tmp_path / "e.jpg").shape == (3, 8, 4)
 
 
 def test_what_is_no_picture(tmp_path: Path) -> None:
     with pytest.raises(BrtError, match="no such file"):
-        photos.read(tmp_path / "none.png")
+        picture_files.read(tmp_path / "none.png")
     (tmp_path / "text.png").write_text("not a picture")
     with pytest.raises(BrtError, match="not a picture that Pillow can read"):
-        photos.read(tmp_path / "text.png")
-    photos.write(torch.rand(3, 64, 64), tmp_path / "cut.png")
+        picture_files.read(tmp_path / "text.png")
+    picture_files.write(torch.rand(3, 64, 64), tmp_path / "cut.png")
     cut = (tmp_path / "cut.png").read_bytes()[:-2000]
     (tmp_path / "cut.png").write_bytes(cut)
     with pytest.raises(BrtError, match="not a picture that Pillow can read"):
-        photos.read(tmp_path / "cut.png")
+        picture_files.read(tmp_path / "cut.png")
     with pytest.raises(BrtError, match="not a picture that Pillow can read"):
-        photos.read(tmp_path)
+        picture_files.read(tmp_path)
 
 
 def test_write_and_read_keep_eight_bits(tmp_path: Path) -> None:
     x_CHW = torch.randint(256, (3, 5, 7)) / 255
-    photos.write(x_CHW, tmp_path / "x.png")
-    assert torch.equal(photos.read(tmp_path / "x.png"), x_CHW)
-    photos.write(torch.tensor([-1.0, 0.5, 2.0]).view(3, 1, 1), tmp_path / "x.png")
-    assert photos.read(tmp_path / "x.png").flatten().tolist() == [0, pytest.approx(128 / 255), 1]
+    picture_files.write(x_CHW, tmp_path / "x.png")
+    assert torch.equal(picture_files.read(tmp_path / "x.png"), x_CHW)
+    picture_files.write(torch.tensor([-1.0, 0.5, 2.0]).view(3, 1, 1), tmp_path / "x.png")
+    assert picture_files.read(tmp_path / "x.png").flatten().tolist() == [
+        0,
+        pytest.approx(128 / 255),
+        1,
+    ]

@@ -1,9 +1,7 @@
-"""Photographs that Python packages ship, in three splits; and picture files of any kind.
+"""Photographs that Python packages ship, in three splits.
 
 Nothing is downloaded. The packages that hold the photos are the extra ``photos`` of brt-models;
 a photo is read from its package's folder without importing the package.
-
-Shape letters: C colours (red, green, blue), H height, W width. Values are 0 to 1.
 """
 
 from __future__ import annotations
@@ -13,9 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-import numpy as np
-import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from brt.errors import BrtError
@@ -89,35 +84,7 @@ def path_of(photo: Photo) -> Path:
 
 
 def load(photo: Photo) -> Tensor:
-    """One photo of the table as [3, H, W]."""
+    """One photo of the table as [3, H, W], red, green and blue from 0 to 1."""
+    from brt_models.picture_files import read  # with Pillow, which lists of photos do not need
+
     return read(path_of(photo))
-
-
-def read(path: Path) -> Tensor:
-    """Any picture file as [3, H, W].
-
-    Greyscale becomes three equal channels, transparency lies on white, 16 bits are scaled, and the
-    orientation that a camera notes is applied.
-    """
-    try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16-bit grey: convert("RGB") would clip at 255
-                grey_HW = np.asarray(image, dtype=np.float32) / 65535
-                return torch.from_numpy(grey_HW).clamp(0, 1).expand(3, -1, -1).contiguous()
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, image)
-            pixels_HWC = np.array(image.convert("RGB"))
-    except FileNotFoundError:
-        raise BrtError(f"photo {path}: no such file") from None
-    except (UnidentifiedImageError, OSError) as error:
-        raise BrtError(f"photo {path}: not a picture that Pillow can read ({error})") from error
-    return torch.from_numpy(pixels_HWC).permute(2, 0, 1).float() / 255
-
-
-def write(x_CHW: Tensor, path: Path) -> None:
-    """Save [3, H, W] as a picture file, values rounded to 8 bits."""
-    pixels_HWC = (x_CHW.detach().clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
-    Image.fromarray(pixels_HWC.cpu().contiguous().numpy()).save(path)

@@ -18,6 +18,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from brt.files import atomic_write
+
 
 @dataclass
 class Curve:
@@ -86,7 +88,8 @@ class Log:
         for axes in (losses, gains):
             axes.grid(alpha=0.3)
             axes.spines[["top", "right"]].set_visible(False)
-        figure.savefig(path, dpi=110)
+        with atomic_write(path) as beside:
+            figure.savefig(beside, dpi=110)
 
 
 def _smoothed(points: list[tuple[int, float]], window: int = 50) -> list[tuple[int, float]]:

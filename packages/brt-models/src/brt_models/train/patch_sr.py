@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from brt import annotate_patches
 from brt.errors import BrtError
+from brt.files import atomic_write
 from brt_models import photos, quality
 from brt_models.patch_sr import PatchSR, PatchSRConfig, centred, macs_per_cell, save
 from brt_models.resampling import enlarge
@@ -270,12 +271,12 @@ def main(
     started = time.perf_counter()
     model = train(recipe, PatchSRConfig(), log)
     seconds = time.perf_counter() - started
-    out.mkdir(parents=True, exist_ok=True)
     save(model, out / "patch_sr.safetensors", asdict(recipe) | {"threads": threads})
     log.plot(out / "curves.png")
     rows = report(model, console)
     figures = {"seconds": round(seconds), "recipe": asdict(recipe), "photos": rows}
-    (out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+    with atomic_write(out / "figures.json") as beside:
+        beside.write_text(json.dumps(figures, indent=2) + "\n")
     console.print(f"trained in {seconds:.0f} s; wrote {out}")
 
 

@@ -1,0 +1,55 @@
+"""What brt-models offers to brt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import brt
+from brt_models import patch_sr
+from brt_models.workloads import patch_sr as patch_sr_workloads
+
+
+@brt.hookimpl
+def brt_models() -> Iterable[brt.ModelSpec]:
+    yield brt.ModelSpec(
+        name="patch-sr",
+        summary="super-resolution of photos; easy patches take smaller networks",
+        factory=lambda: patch_sr.PatchSR().eval(),
+        sample=patch_sr.sample,
+        title="Patch super-resolution",
+        cells="a 32x32 patch",
+        paper="ClassSR (CVPR 2021); LiveSR in Brainstorm (OSDI 2023)",
+        pretrained=patch_sr.pretrained,
+        demo=_patch_sr_demo,
+    )
+    yield brt.ModelSpec(
+        name="livesr",
+        summary="ten equal branches of 80 residual blocks on patches of a video frame",
+        factory=patch_sr.livesr,
+        sample=patch_sr.sample,
+        title="LiveSR",
+        cells="a 32x32 patch",
+        paper="LiveSR in Brainstorm (OSDI 2023), branches of NAS (OSDI 2018)",
+    )
+
+
+@brt.hookimpl
+def brt_workloads() -> Iterable[brt.WorkloadSpec]:
+    yield brt.WorkloadSpec(
+        name="patch-sr",
+        summary="the demo: the trained patch network upscales a photo",
+        factory=patch_sr_workloads.demo_photo,
+    )
+    yield brt.WorkloadSpec(
+        name="livesr",
+        summary="LiveSR's conv branches on one frame, with its published loads",
+        factory=patch_sr_workloads.livesr_frame,
+    )
+
+
+def _patch_sr_demo(source: Path | None, out: Path, **options: Any) -> Mapping[str, Any]:
+    from brt_models.demo.patch_sr import run  # draws: imports matplotlib
+
+    return run(source, out, **options)

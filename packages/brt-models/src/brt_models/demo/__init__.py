@@ -1,0 +1,1 @@
+"""What `brt demo` runs, one a model."""

@@ -1,0 +1,28 @@
+"""Super-resolution by patches of different difficulty, after LiveSR and ClassSR.
+
+A photo is cut into overlapping patches, a small convolutional gate sends each patch to one of a
+few residual networks of different width and depth, and the results are folded back at the higher
+resolution. Each branch predicts what bicubic upscaling lacks, so that even the cheapest one
+starts from a bicubic photo.
+
+LiveSR: Brainstorm, OSDI 2023, section 5.2, on NAS (OSDI 2018). ClassSR: Kong et al., CVPR 2021.
+"""
+
+from brt_models.patch_sr.config import PatchSRConfig
+from brt_models.patch_sr.files import load, pretrained, save
+from brt_models.patch_sr.macs import macs_per_cell
+from brt_models.patch_sr.network import Branch, Gate, PatchSR, centred, livesr, sample
+
+__all__ = [
+    "Branch",
+    "Gate",
+    "PatchSR",
+    "PatchSRConfig",
+    "centred",
+    "livesr",
+    "load",
+    "macs_per_cell",
+    "pretrained",
+    "sample",
+    "save",
+]

@@ -1,0 +1,74 @@
+"""The shape of a patch network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from brt.errors import BrtError
+
+Upsampler = Literal["direct", "progressive"]
+
+
+@dataclass(frozen=True)
+class PatchSRConfig:
+    """Shape of the network; path p has ``channels[p]`` features and ``blocks[p]`` blocks.
+
+    ``upsampler="direct"`` makes all s*s sub-pixels by one convolution, ``"progressive"`` doubles
+    the resolution step by step as MDSR does (s a power of two). ``residual_scale`` multiplies what
+    a block adds; deep branches need it below 1. ``gate_channels`` are the features of the gate's
+    convolutions, each of stride 2.
+    """
+
+    channels: tuple[int, ...] = (8, 16, 16, 32)
+    blocks: tuple[int, ...] = (0, 2, 6, 8)
+    scale: int = 4
+    size: int = 32
+    stride: int = 28
+    upsampler: Upsampler = "direct"
+    residual_scale: float = 1.0
+    gate_channels: tuple[int, ...] = (16, 32, 32)
+
+    def __post_init__(self) -> None:
+        if not self.channels or len(self.channels) != len(self.blocks):
+            raise BrtError(
+                "PatchSRConfig: channels and blocks need one number a path; got "
+                f"{len(self.channels)} and {len(self.blocks)}"
+            )
+        if min(self.channels) < 1 or min(self.blocks) < 0:
+            raise BrtError(
+                "PatchSRConfig: a path needs channels >= 1 and blocks >= 0; got "
+                f"channels={self.channels}, blocks={self.blocks}"
+            )
+        if self.scale < 1 or not 1 <= self.stride <= self.size:
+            raise BrtError(
+                "PatchSRConfig: scale must be >= 1 and stride from 1 to size; got "
+                f"scale={self.scale}, size={self.size}, stride={self.stride}"
+            )
+        if self.upsampler not in ("direct", "progressive"):
+            raise BrtError(f"PatchSRConfig: no upsampler {self.upsampler!r}: direct, progressive")
+        if self.upsampler == "progressive" and self.scale & (self.scale - 1):
+            raise BrtError(f"PatchSRConfig: progressive needs a power of two, got {self.scale}")
+        if not self.gate_channels or min(self.gate_channels) < 1:
+            raise BrtError(f"PatchSRConfig: no gate of gate_channels={self.gate_channels}")
+
+    @classmethod
+    def livesr(cls, channels: int = 8, num_paths: int = 10, num_blocks: int = 80) -> PatchSRConfig:
+        """The shape that Brainstorm measured: equal NAS-MDSR branches, 8 to 20 channels."""
+        return cls(
+            channels=(channels,) * num_paths,
+            blocks=(num_blocks,) * num_paths,
+            upsampler="progressive",
+            residual_scale=0.1,
+        )
+
+    @property
+    def num_paths(self) -> int:
+        """Number of branches."""
+        return len(self.channels)
+
+    @property
+    def path_names(self) -> tuple[str, ...]:
+        """What to call each path in a legend."""
+        shapes = zip(self.channels, self.blocks, strict=True)
+        return tuple(f"{channels} channels, {blocks} blocks" for channels, blocks in shapes)

@@ -1,0 +1,1 @@
+"""What `brt bench` runs, one file a model."""
