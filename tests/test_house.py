@@ -1,0 +1,115 @@
+"""The rules of the house that a test can hold us to."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from brt import plugins
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PACKAGES = sorted(path.parent for path in ROOT.glob("packages/*/pyproject.toml"))
+OPS = ROOT / "packages" / "brt-core" / "src" / "brt" / "ops"
+
+# Written so that this file does not match itself.
+PRIVATE = "|".join(
+    (
+        r"/(?:wor[k]|far[m]|roo[t])/",
+        r"/hom[e]/\w",
+        r"pypi[.]org",
+        r"pythonhosted",
+        r"download[.]pytorch[.]org",
+        r"registry[.]npmjs",
+        r"deb[.]debian",
+    )
+)
+
+
+def tracked(*patterns: str) -> Iterator[Path]:
+    """Files under version control."""
+    command = ["git", "ls-files", "-z", "--", *patterns]
+    found = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    for name in filter(None, found.split("\0")):
+        if (ROOT / name).is_file():
+            yield ROOT / name
+
+
+def headings(page: Path) -> list[str]:
+    return re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("hook", plugins.HOOKS)
+def test_hook_has_a_heading_with_its_arguments(hook: str) -> None:
+    arguments = {"brt_pass_ran": "record, graph"}.get(hook, "")
+    assert f"`{hook}({arguments})`" in headings(DOCS / "plugins.md")
+
+
+def test_protocols_have_headings() -> None:
+    offered = {f"`{name}`" for name in plugins.manager(entry_points=False).collect("protocols")}
+    assert offered <= set(headings(DOCS / "protocols.md"))
+
+
+def test_passes_have_pages_files_and_tests() -> None:
+    core = ROOT / "packages" / "brt-core"
+    for name in plugins.manager(entry_points=False).collect("passes"):
+        module = name.replace("-", "_")
+        assert (DOCS / "passes" / f"{name}.md").exists(), name
+        assert (core / "src" / "brt" / "passes" / f"{module}.py").exists(), name
+        assert (core / "tests" / f"test_{module}.py").exists(), name
+
+
+def test_passes_pages_are_about_passes() -> None:
+    offered = set(plugins.manager(entry_points=False).collect("passes"))
+    assert {page.stem for page in DOCS.glob("passes/*.md")} - {"index"} <= offered
+
+
+def test_operators_have_tests() -> None:
+    tests = ROOT / "packages" / "brt-core" / "tests"
+    for path in sorted(OPS.glob("*.py")):
+        if re.search(r"^\w+ = Operator\(", path.read_text(), re.MULTILINE):
+            assert (tests / f"test_{path.stem}.py").exists(), f"{path.name} has no test"
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda path: path.name)
+def test_packages_carry_what_a_wheel_must(package: Path) -> None:
+    licence = (ROOT / "LICENSE").read_text()
+    assert (package / "LICENSE").read_text() == licence
+    assert (package / "README.md").exists()
+    assert len(list(package.glob("src/*/py.typed"))) == 1
+
+
+def test_ci_runs_the_commands_of_the_readme() -> None:
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    demo, tests = blocks[:2]
+    assert demo.strip().endswith("nox -s demo")
+    run = (ROOT / ".ci" / "run").read_text()
+    assert tests.strip() in run
+    assert "-m venv .venv" in run
+    assert "-c constraints.txt nox" in run
+    assert "-c constraints.txt nox" in demo
+
+
+def test_no_machine_paths_or_registries() -> None:
+    found = []
+    for path in tracked():
+        try:
+            text = path.read_text()
+        except UnicodeDecodeError:
+            continue
+        found += [f"{path.relative_to(ROOT)}: {m[0]}" for m in re.finditer(PRIVATE, text)]
+    assert not found
+
+
+def test_sources_are_ascii() -> None:
+    for path in tracked("*.py", "*.cpp", "*.cu", "*.h", "*.cuh", "*.cmake", "*.toml"):
+        assert path.read_text().isascii(), path
+
+
+def test_modules_are_small_enough_to_read() -> None:
+    sizes = {path: path.read_text().count("\n") for path in tracked("packages/*/src/*.py")}
+    assert not {path: size for path, size in sizes.items() if size > 400}
