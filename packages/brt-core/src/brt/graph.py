@@ -76,8 +76,8 @@ def trace(module: nn.Module, sample: Any = None) -> fx.GraphModule:
 
     Arguments of forward that default to a plain value (None, a flag, a number) are fixed at it:
     the graph raises where it is called with another one. ``sample`` is a batch as `brt.profile`
-    takes them (a tensor, a tuple of arguments or a dict of keywords); arguments that it names keep
-    their place, or are fixed at its value where that is plain, and it tells the number of ``*args``.
+    takes them (a tensor, a tuple of arguments or a dict of keywords): arguments that it names are
+    inputs, or fixed at its value where that is plain, and it tells the number of ``*args``.
     """
     if not isinstance(module, nn.Module):
         raise TraceError(f"trace: takes an nn.Module, got {type(module).__name__}")
@@ -143,8 +143,8 @@ class RouteProxy(fx.Proxy):
     def __len__(self) -> int:
         return self.num_paths
 
-    def __iter__(self) -> Iterator[fx.Proxy]:
-        return (self[p] for p in range(self.num_paths))
+    def __iter__(self) -> Iterator[Any]:
+        return (operator.getitem(self, p) for p in range(self.num_paths))
 
 
 class Tracer(fx.Tracer):
@@ -221,7 +221,7 @@ class Tracer(fx.Tracer):
 
     def create_proxy(self, *args: Any, **kwargs: Any) -> Any:
         """A proxy; functions with results of known number give a tuple or list of them."""
-        proxy = super().create_proxy(*args, **kwargs)
+        proxy: Any = super().create_proxy(*args, **kwargs)
         if proxy.node.op == "call_function":
             if proxy.node.target in (annotate, annotate_patches):
                 return proxy[0], proxy[1]
@@ -244,7 +244,7 @@ class Tracer(fx.Tracer):
         """Refuse."""
         raise TraceError(_BRANCHES)
 
-    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+    def iter(self, obj: Any) -> Iterator[Any]:
         """``*args`` where the sample tells how many."""
         length = self._lengths.get(obj.node.name)
         if not isinstance(length, int):
@@ -261,7 +261,7 @@ class Tracer(fx.Tracer):
     def _proxy_placeholder(
         self, name: str, concrete_args: Any, sig: inspect.Signature, fn_for_analysis: Any
     ) -> Any:
-        proxy = super()._proxy_placeholder(name, None, sig, fn_for_analysis)  # type: ignore[misc]
+        proxy = super()._proxy_placeholder(name, None, sig, fn_for_analysis)
         names = list(sig.parameters)[1:]
         given: dict[str, Any] = {}
         if self.sample is not None:
@@ -318,7 +318,7 @@ class _Watched:
 
 
 def _unpacked(
-    tracer: Tracer, m: nn.Module, out: fx.Proxy, args: tuple[Any, ...], kwargs: dict[str, Any]
+    tracer: Tracer, m: nn.Module, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """The output of a leaf, taken apart as far as its structure is known."""
     named = dict(zip(("x", "scores", "cells"), args, strict=False)) | kwargs
@@ -339,7 +339,7 @@ def _unpacked(
     return out
 
 
-def _like(proxy: fx.Proxy, given: Any) -> Any:
+def _like(proxy: Any, given: Any) -> Any:
     """A proxy for what has the structure of ``given``, taken apart into that structure."""
     if isinstance(given, (tuple, list)):
         return type(given)(_like(proxy[i], item) for i, item in enumerate(given))

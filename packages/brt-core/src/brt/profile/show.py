@@ -1,0 +1,107 @@
+"""Profiles for people: a histogram in the terminal, and a picture."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from brt.errors import ProfileError
+from brt.profile.data import Profile, RouterProfile
+from brt.profile.files import write_whole
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_WIDTH = 32
+_MOST_PATHS = 16
+_MOST_PICTURES = 24
+
+
+def text(profile: Profile) -> str:
+    """A line for each path: the share of cells that took it, over all forwards."""
+    what = f"{profile.num_forwards} forward{'s' if profile.num_forwards != 1 else ''}"
+    lines = [f"Profile of {profile.model}: {what}, {len(profile.routers)} router calls"]
+    for router in profile.routers.values():
+        lines += ["", *_lines(router)]
+    missing = set(profile.routers_of_model) - {r.module for r in profile.routers.values()}
+    if missing:
+        lines += ["", f"Never called: {', '.join(sorted(missing))}"]
+    return "\n".join(lines)
+
+
+def _lines(router: RouterProfile) -> list[str]:
+    head = f"{router.key}: {router.cells} cells in {router.num_forwards} forwards"
+    for count, what in ((router.unrouted, "on no path"), (router.dropped, "choices dropped")):
+        head += f", {count} {what}" if count else ""
+    lines = [head]
+    share_P, fractions = router.share_P.tolist(), router.fractions
+    low_P, high_P = fractions.min_P.tolist(), fractions.max_P.tolist()
+    shown = range(router.num_paths)
+    if router.num_paths > _MOST_PATHS:  # the busiest ones, in their order
+        busiest = sorted(shown, key=lambda p: -share_P[p])[: _MOST_PATHS - 1]
+        shown = sorted(busiest)  # type: ignore[assignment]
+    for p in shown:
+        bar = "#" * round(share_P[p] * _WIDTH)
+        lines.append(
+            f"  path {p:<3} {bar:<{_WIDTH}} {share_P[p]:6.1%}  "
+            f"(in a forward {low_P[p]:.1%} to {high_P[p]:.1%}){_permanence(router, p)}"
+        )
+    if len(shown) < router.num_paths:
+        rest = set(range(router.num_paths)) - set(shown)
+        num_never = sum(bool(router.never_P[p]) for p in rest)
+        lines.append(f"  ... and {len(rest)} paths more, of which {num_never} never taken")
+    return lines
+
+
+def _permanence(router: RouterProfile, path: int) -> str:
+    return "  always" if router.always_P[path] else "  never" if router.never_P[path] else ""
+
+
+def plot(profile: Profile, path: Path) -> None:
+    """See `Profile.plot`."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ProfileError("plot: needs matplotlib; pip install matplotlib") from error
+    routers = list(profile.routers.values())[:_MOST_PICTURES]
+    shown = {router.key for router in routers}
+    # Where cells go next: each router with the one before it about the same root
+    nearest: dict[str, str] = {}
+    for first, second in profile.joint:
+        nearest[second] = first
+    pairs = [(a, b) for b, a in nearest.items() if a in shown and b in shown]
+    rows = len(routers) + len(pairs)
+    figure = Figure(figsize=(7, 2.2 * rows + 0.6), layout="constrained")
+    axes = figure.subplots(rows, 1, squeeze=False)[:, 0]
+    for ax, router in zip(axes, routers, strict=False):
+        _draw_loads(ax, router)
+    for ax, pair in zip(axes[len(routers) :], pairs, strict=True):
+        _draw_joint(figure, ax, pair, profile)
+    left_out = len(profile.routers) - len(routers)
+    note = f", the first {len(routers)} of {len(profile.routers)} router calls" if left_out else ""
+    figure.suptitle(f"{profile.model}: {profile.num_forwards} forwards{note}")
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    write_whole(path, picture.getvalue())
+
+
+def _draw_loads(ax: Axes, router: RouterProfile) -> None:
+    fractions = router.fractions
+    mean_P, paths = fractions.mean_P, range(router.num_paths)
+    spread = [(mean_P - fractions.min_P).tolist(), (fractions.max_P - mean_P).tolist()]
+    ax.bar(paths, mean_P.tolist(), yerr=spread, capsize=3, color="#4477aa", ecolor="#333333")
+    ax.set_title(router.key, fontsize=9, loc="left")
+    ax.set_ylabel("share of cells")
+    ax.set_xlabel("path (mean, least and most of a forward)", fontsize=8)
+    ax.set_ylim(0, 1.05)
+    if router.num_paths <= _MOST_PATHS:
+        ax.set_xticks(list(paths))
+
+
+def _draw_joint(figure: Any, ax: Axes, pair: tuple[str, str], profile: Profile) -> None:
+    image = ax.imshow(profile.joint[pair].numpy(), cmap="Blues", aspect="auto", vmin=0)
+    ax.set_title(f"{pair[0]} then {pair[1]}", fontsize=9, loc="left")
+    ax.set_ylabel("path before")
+    ax.set_xlabel("path after", fontsize=8)
+    figure.colorbar(image, ax=ax, label="cells")
