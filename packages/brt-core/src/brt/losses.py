@@ -43,9 +43,9 @@ def load_balance(
     decision = routed if isinstance(routed, Decision) else routed.decision()
     probs_GSP = _grouped(probs, group_size)
     num_groups, num_in_group, num_paths = probs_GSP.shape
-    _check_same("load_balance", decision, num_groups * num_in_group, num_paths)
     mask_NP = _first_choices(decision) if first_choice_only else decision.to_mask().mask_NP
     assert mask_NP is not None
+    _check_same(mask_NP, probs_GSP.flatten(0, 1))
     load_GP = mask_NP.view(num_groups, num_in_group, num_paths).sum(dim=1).to(probs_GSP.dtype)
     share_GP = load_GP / load_GP.sum(dim=1, keepdim=True).clamp_min(1)
     mean_GP = probs_GSP.sum(dim=1) / torch.sym_max(num_in_group, 1)
@@ -123,9 +123,14 @@ def _first_choices(decision: Decision) -> Tensor:
     return decision.choice_NK[:, :1] == path_P
 
 
-def _check_same(name: str, decision: Decision, num_cells: int, num_paths: int) -> None:
-    if (decision.num_cells, decision.num_paths) != (num_cells, num_paths):
+def _check_same(mask_NP: Tensor, probs_NP: Tensor) -> None:
+    if mask_NP.shape != probs_NP.shape:
         raise ProtocolError(
-            f"{name}: the decision is about {decision.num_cells} cells and {decision.num_paths} "
-            f"paths, the probabilities about {num_cells} and {num_paths}"
+            f"load_balance: the decision is about {mask_NP.shape[0]} cells and {mask_NP.shape[1]} "
+            f"paths, the probabilities about {probs_NP.shape[0]} and {probs_NP.shape[1]}"
+        )
+    if mask_NP.device != probs_NP.device:
+        raise ProtocolError(
+            f"load_balance: the decision is on {mask_NP.device}, the probabilities on "
+            f"{probs_NP.device}; move one of them"
         )

@@ -58,7 +58,8 @@ class Protocol(ABC):
     def max_rows(self, num_cells: int, num_paths: int, group_size: int | None = None) -> int:
         """Return the most rows that a decision for so many cells can route: what to allocate.
 
-        ``group_size`` is that of the decision; only protocols with a capacity look at it.
+        ``group_size`` is the number of cells in which a capacity is counted, S of scores
+        ``[G, S, P]`` and N of ``[N, P]``; None bounds them all.
         """
         return num_cells * num_paths
 
@@ -173,17 +174,17 @@ def softmax(scores: Tensor) -> Tensor:
 
 
 def uniform(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Return random numbers in [0, 1) of the shape of ``like``."""
+    """Return random numbers in [0, 1), of the shape of ``like`` whatever its strides."""
     # Naming generator=None fails on symbolic sizes, torch 2.13
     if generator is None:
-        return torch.rand_like(like)
+        return torch.rand(like.shape, device=like.device, dtype=like.dtype)
     return torch.rand(like.shape, generator=generator, device=like.device, dtype=like.dtype)
 
 
 def gaussian(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Return standard normal random numbers of the shape of ``like``."""
+    """Return standard normal random numbers, of the shape of ``like`` whatever its strides."""
     if generator is None:
-        return torch.randn_like(like)
+        return torch.randn(like.shape, device=like.device, dtype=like.dtype)
     return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
 
 

@@ -112,9 +112,9 @@ class Switch(Protocol):
         return torch.sym_max(rows, self.min_capacity)
 
     def max_rows(self, num_cells: int, num_paths: int, group_size: int | None = None) -> int:
-        """Return N, or less where capacity is less."""
-        rows = self.rows_per_path(group_size or num_cells, num_paths)
-        return bound(num_cells, num_paths, group_size, rows, per_cell=1)
+        """Return N, or less where the capacity of all groups is less."""
+        rows = self.rows_per_path(group_size, num_paths) if group_size else None
+        return bound(num_cells, num_cells, num_paths, group_size, rows)
 
 
 @dataclass(frozen=True)
@@ -206,9 +206,9 @@ class CapacityTopK(Protocol):
         return ceil_div(rows, self.alignment) * self.alignment
 
     def max_rows(self, num_cells: int, num_paths: int, group_size: int | None = None) -> int:
-        """Return N * k, or less where capacity is less."""
-        rows = self.rows_per_path(group_size or num_cells, num_paths)
-        return bound(num_cells, num_paths, group_size, rows, per_cell=self.k)
+        """Return N * k, or less where the capacity of all groups is less."""
+        rows = self.rows_per_path(group_size, num_paths) if group_size else None
+        return bound(num_cells * self.k, num_cells, num_paths, group_size, rows)
 
 
 def as_ratio(name: str, capacity_factor: float | None) -> tuple[int, int] | None:
@@ -243,10 +243,9 @@ def group_size(scores: Tensor) -> int | None:
 
 
 def bound(
-    num_cells: int, num_paths: int, group_size: int | None, rows: int | None, *, per_cell: int
+    num_choices: int, num_cells: int, num_paths: int, group_size: int | None, rows: int | None
 ) -> int:
-    """Return the most rows of N cells that take ``per_cell`` paths of ``rows`` rows a group."""
-    if rows is None:
-        return num_cells * per_cell
-    num_groups = ceil_div(num_cells, group_size) if group_size else 1
-    return min(num_cells * per_cell, num_groups * num_paths * rows)
+    """Return the most rows of so many choices, if a path takes ``rows`` of them in a group."""
+    if rows is None or not group_size:
+        return num_choices
+    return min(num_choices, ceil_div(num_cells, group_size) * num_paths * rows)

@@ -87,7 +87,8 @@ class ExpertChoice(Protocol):
         return ceil_div(numerator * num_in_group, denominator * num_paths)
 
     def max_rows(self, num_cells: int, num_paths: int, group_size: int | None = None) -> int:
-        """Return P * C a group."""
-        num_in_group = group_size or num_cells
-        num_groups = ceil_div(num_cells, num_in_group) if num_cells else 0
-        return num_groups * num_paths * self.rows_per_path(num_in_group, num_paths)
+        """Return G * P * C; N * P where the groups are not known."""
+        if not group_size:
+            return num_cells * num_paths
+        num_groups = ceil_div(num_cells, group_size)
+        return num_groups * num_paths * self.rows_per_path(group_size, num_paths)
