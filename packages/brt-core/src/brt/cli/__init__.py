@@ -44,6 +44,20 @@ Start with [bold]brt demo[/], which does all of that to a photo. Every command h
 _PATH_ERRORS = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"brt {metadata.version('brt-core')}")
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool,
+    typer.Option(
+        "--version", help="Print the version and stop.", is_eager=True, callback=_print_version
+    ),
+]
+
+
 def make_app() -> typer.Typer:
     """The command with all of its groups."""
     app = typer.Typer(
@@ -56,14 +70,8 @@ def make_app() -> typer.Typer:
     )
 
     @app.callback()
-    def options(
-        version: Annotated[
-            bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)
-        ] = False,
-    ) -> None:
-        if version:
-            typer.echo(f"brt {metadata.version('brt-core')}")
-            raise typer.Exit
+    def options(version: Version = False) -> None:
+        pass
 
     for name in COMMANDS:
         if find_spec(f"brt.cli.{name}"):
@@ -78,11 +86,12 @@ def main() -> None:
     def show_warning(message: Warning | str, *_: object) -> None:
         stderr.print(f"[yellow]brt: warning:[/] {escape(str(message))}")
 
-    warnings.showwarning = show_warning
-    try:
-        make_app()(prog_name="brt")
-    except BrtError as error:
-        stderr.print(f"[red]brt: error:[/] {escape(str(error))}")
-    except _PATH_ERRORS as error:
-        stderr.print(f"[red]brt: error:[/] {error.strerror}: {escape(str(error.filename))}")
+    with warnings.catch_warnings():
+        warnings.showwarning = show_warning
+        try:
+            make_app()(prog_name="brt")
+        except BrtError as error:
+            stderr.print(f"[red]brt: error:[/] {escape(str(error))}")
+        except _PATH_ERRORS as error:
+            stderr.print(f"[red]brt: error:[/] {error.strerror}: {escape(str(error.filename))}")
     sys.exit(2)

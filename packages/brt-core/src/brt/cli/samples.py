@@ -1,6 +1,7 @@
 """A call of every operator at sizes that a user gives, for `brt ops --explain`.
 
-Legend: N cells, P paths, K choices per cell, R rows, D cell width, H hidden width.
+Legend: N cells, P paths, K choices per cell, R rows, D cell width, H hidden width; of patches C
+channels, H and W pixels.
 """
 
 from __future__ import annotations
@@ -10,7 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from brt.conv_steps import ConvStep, flatten_branches
 from brt.errors import BrtError
+
+# What a convolutional branch is shown with: cells are patches of this size.
+PIXELS, CHANNELS = 32, 16
 
 
 def sample_calls(
@@ -36,6 +41,20 @@ def sample_calls(
         return torch.zeros(shape, dtype=kind, device=at)
 
     x_ND, rows_RD, rows_RH = floats(cells, dim), floats(num_rows, dim), floats(num_rows, hidden)
+    patches_RCHW = floats(num_rows, 3, PIXELS, PIXELS)
+    first, block = floats(CHANNELS, 3, 3, 3), floats(CHANNELS, CHANNELS, 3, 3)
+    # Of every path: a convolution, then a residual block.
+    params = [weight for _ in range(paths) for weight in (first, block, block)]
+    branches = [
+        [
+            ConvStep(src=0, dst=1, weight=3 * p),
+            ConvStep(src=1, dst=2, weight=3 * p + 1, act=1),
+            ConvStep(src=2, dst=3, weight=3 * p + 2, add=1),
+        ]
+        for p in range(paths)
+    ]
+    steps, scales, step_offsets_P1 = flatten_branches(branches)
+    chain = (patches_RCHW, offsets_P1, params, steps, step_offsets_P1, scales)
     up_PHD, down_PDH = floats(paths, hidden, dim), floats(paths, dim, hidden)
     return {
         "route": (choice_NK, paths, *settings),
@@ -47,6 +66,8 @@ def sample_calls(
         "compact": (mask_NP[:, 0].contiguous(),),
         "grouped_linear": (rows_RD, offsets_P1, up_PHD, None, "gelu"),
         "grouped_outer": (rows_RH, rows_RD, offsets_P1),
+        "conv_chain": chain,
+        "conv_chain_backward": (floats(num_rows, CHANNELS, PIXELS, PIXELS), *chain),
         "expert_mlp": (
             *(x_ND, cell_R, row_NK, offsets_P1, weight_R),
             *(up_PHD, None, down_PDH, None, "gelu"),
