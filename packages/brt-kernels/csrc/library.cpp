@@ -16,4 +16,10 @@ STABLE_TORCH_LIBRARY(brt_kernels, m) {
   m.def("combine(Tensor rows_RS, Tensor row_NK, Tensor cell_R, Tensor? weight_R=None) -> Tensor");
   m.def("row_dot(Tensor rows_RS, Tensor cells_NS, Tensor cell_R, Tensor row_NK) -> Tensor");
   m.def("compact(Tensor keep_N) -> (Tensor index_N, Tensor count_1)");
+  m.def(
+      "conv_chain(Tensor x_RCHW, Tensor offsets_P1, Tensor[] params, SymInt[] steps, SymInt[] step_offsets_P1, "
+      "float[] scales, Tensor? packed=None) -> Tensor");
+  m.def(
+      "conv_chain_pack(Tensor x_RCHW, Tensor offsets_P1, Tensor[] params, SymInt[] steps, SymInt[] step_offsets_P1, "
+      "float[] scales) -> Tensor");
 }

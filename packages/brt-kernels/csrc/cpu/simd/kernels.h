@@ -8,6 +8,7 @@
 namespace brt {
 
 enum class Real : int { kFloat32, kFloat16, kBFloat16 };
+struct ConvStep;  // see conv_chain.h
 enum class Activation : int { kNone, kRelu, kGelu, kGeluTanh, kSilu, kSwiglu };
 
 struct Kernels {
@@ -27,6 +28,15 @@ struct Kernels {
                          int64_t numel, Real type);
   float (*dot_row)(const void* a, const void* b, int64_t numel, Real type);
   void (*fence)();  // after the last streaming store of a thread
+
+  // conv_chain.cpp
+  int64_t (*conv_packed_numel)(int64_t out_channels, int64_t in_channels, int64_t kernel);
+  void (*conv_pack)(float* packed, const float* weight, int64_t out_channels, int64_t in_channels, int64_t kernel);
+  int64_t (*plane_numel)(int64_t channels, int64_t height, int64_t width);
+  int64_t (*conv_scratch_numel)(const ConvStep& step);  // of its sizes only
+  void (*plane_read)(float* plane, const float* image, int64_t channels, int64_t height, int64_t width, float* scratch);
+  void (*plane_write)(float* image, const float* plane, int64_t channels, int64_t height, int64_t width, float* scratch);
+  void (*conv_step)(const ConvStep& step, float* scratch);
 };
 
 namespace avx2 { const Kernels* kernels(); }

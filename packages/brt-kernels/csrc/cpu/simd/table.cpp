@@ -1,4 +1,5 @@
 // The table of this instruction set.
+#include "conv_chain.h"
 #include "rows.h"
 
 #define BRT_TEXT_(x) #x
@@ -16,6 +17,13 @@ const Kernels* kernels() {
       .sum_float_rows = sum_float_rows,
       .dot_row = dot_row,
       .fence = fence,
+      .conv_packed_numel = conv_packed_numel,
+      .conv_pack = conv_pack,
+      .plane_numel = plane_numel,
+      .conv_scratch_numel = conv_scratch_numel,
+      .plane_read = plane_read,
+      .plane_write = plane_write,
+      .conv_step = conv_step,
   };
   return &table;
 }

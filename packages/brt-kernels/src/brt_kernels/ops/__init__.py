@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 
-from brt_kernels.ops import combine, compact, dispatch, route, row_dot
+from brt_kernels.ops import combine, compact, conv_chain, dispatch, route, row_dot
 
-_FILES = (combine, compact, dispatch, route, row_dot)
+_FILES = (combine, compact, conv_chain, dispatch, route, row_dot)
 
 
 @functools.cache
