@@ -15,18 +15,19 @@ def allow_unbacked_convolutions() -> None:
     with the batch unknown, gets contiguous ones, and the generated code then fails its own
     assertion (seen in torch 2.11 to 2.13 on CPU; CUDA already skips dynamic shapes). Only graphs
     with such a convolution are affected: for those the optimisation is turned off.
+
+    Called where a graph with such sizes is traced, and does nothing outside a compiler.
     """
-    if torch.compiler.is_dynamo_compiling():
+    if torch._guards.TracingContext.try_get() is not None:
         _patch()
 
 
-@torch.compiler.assume_constant_result
-def _patch() -> bool:
+def _patch() -> None:
     from torch._inductor.graph import GraphLowering
 
     original = GraphLowering.decide_layout_opt
     if getattr(original, "_brt", False):
-        return False
+        return
 
     @functools.wraps(original)
     def decide_layout_opt(gm: torch.fx.GraphModule, *, is_inference: bool) -> bool:
@@ -35,8 +36,7 @@ def _patch() -> bool:
         return original(gm, is_inference=is_inference)
 
     decide_layout_opt._brt = True  # type: ignore[attr-defined]
-    GraphLowering.decide_layout_opt = staticmethod(decide_layout_opt)
-    return True
+    GraphLowering.decide_layout_opt = staticmethod(decide_layout_opt)  # type: ignore[method-assign]
 
 
 def _has_unbacked_batch(node: torch.fx.Node) -> bool:

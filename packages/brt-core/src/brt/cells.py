@@ -6,7 +6,7 @@ Legend: N cells, R rows, B batch, C channels, H W image height and width, S trai
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -35,25 +35,32 @@ class Root:
     key: int = field(default_factory=_next_root_key)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Cells:
-    """Which cells a set of R rows is.
+    """Which cells a set of R rows is; no cell twice.
 
     Attributes:
         root: the set that the cells belong to.
         cell_R: int64 ``[R]``, the root cell of each row; None where the rows are all cells of the
             root, in order.
         weight_R: ``[R]`` the weight that the last route gave each row, or None (1).
+        weighted: whether the rows were multiplied by ``weight_R`` on the way in.
     """
 
     root: Root
     cell_R: Tensor | None = None
     weight_R: Tensor | None = None
+    weighted: bool = False
 
     @classmethod
     def of(cls, num_cells: int) -> Cells:
         """All cells of a new root, in order."""
         return cls(Root(num_cells))
+
+    @property
+    def num_rows(self) -> int:
+        """R."""
+        return self.root.num_cells if self.cell_R is None else self.cell_R.shape[0]
 
     def index_R(self, device: torch.device) -> Tensor:
         """Root cell of each row, int64 ``[R]``, also where `cell_R` is None."""
@@ -62,7 +69,7 @@ class Cells:
         return torch.arange(self.root.num_cells, device=device)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Grid:
     """How cells lie in the tensor that `annotate` was given; `restore` puts them back.
 
@@ -71,46 +78,53 @@ class Grid:
         sizes: the shape of the tensor.
         cells: the `Cells` of all of them; pass it to every scatter of these cells whose paths are
             to be gathered together.
+        shape: the shape of a cell, where `annotate` was given one.
     """
 
     dims: tuple[int, ...]
     sizes: tuple[int, ...]
     cells: Cells
+    shape: tuple[int, ...] | None = None
 
     def restore(self, rows: Tensor, scale: int = 1) -> Tensor:
         """Rows ``[N, *S]`` in cell order -> the tensor, cells at their places.
 
-        Where ``rows`` has the rank of the annotated cells (or as many elements as the tensor had),
-        dims return to their places with the trailing sizes of ``rows``, each of which may have
-        changed; otherwise the cell dims come first, in the order given. ``scale`` concerns grids
-        of patches.
+        Where a row has as many dims as a cell had, they return to their places with the sizes that
+        they have now; otherwise the cell dims come first, in the order given. Cells that
+        ``annotate(shape=...)`` regrouped return to their places in the shape they had.
+        ``scale`` concerns grids of patches.
         """
         if scale != 1:
             raise RouteError(
                 f"restore(scale={scale}) is for grids of patches (annotate_patches); "
                 "other cells may change their size freely"
             )
+        num_cells = self.cells.root.num_cells
+        if rows.ndim < 1 or rows.shape[0] != num_cells:
+            raise RouteError(
+                f"restore: the grid has {num_cells} cells, got rows of shape {list(rows.shape)}; "
+                "gather with result='all' gives one row for each"
+            )
         rest = tuple(d for d in range(len(self.sizes)) if d not in self.dims)
         cell_sizes = tuple(self.sizes[d] for d in self.dims)
         order = self.dims + rest
-        num_cells = _product(cell_sizes)
-        if rows.shape[0] == num_cells and rows.ndim - 1 == len(rest):
+        if self.shape is None:
             out = rows.reshape(cell_sizes + tuple(rows.shape[1:]))
-        elif rows.numel() == _product(self.sizes):  # annotate(shape=...) regrouped the cells
+            if rows.ndim - 1 != len(rest):
+                return out
+        elif tuple(rows.shape[1:]) == self.shape:
             out = rows.reshape(tuple(self.sizes[d] for d in order))
-        elif rows.shape[0] == num_cells:
+        elif num_cells == _product(cell_sizes):
             return rows.reshape(cell_sizes + tuple(rows.shape[1:]))
         else:
             raise RouteError(
-                f"restore: the grid has {num_cells} cells (sizes {cell_sizes} of dims "
-                f"{self.dims}), got {rows.shape[0]} rows of shape {tuple(rows.shape[1:])}; gather "
-                "with result='all' gives one row per cell"
+                f"restore: annotate regrouped {list(self.sizes)} into cells of {list(self.shape)}; "
+                f"rows of another shape, {list(rows.shape[1:])}, have no place there"
             )
-        inverse = sorted(range(len(order)), key=order.__getitem__)
-        return out.permute(inverse)
+        return out.permute(sorted(range(len(order)), key=order.__getitem__))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PatchGrid:
     """How overlapping patches lie in a batch of images; `restore` folds them back.
 
@@ -130,38 +144,46 @@ class PatchGrid:
     def restore(self, rows: Tensor, scale: int = 1) -> Tensor:
         """Rows ``[N, C', size*scale, size*scale]`` -> images ``[B, C', H*scale, W*scale]``.
 
-        Every pixel is the mean of the patches that cover it.
+        Every pixel is the mean of the patches that cover it, taken in float32 or better.
         """
+        if scale < 1:
+            raise RouteError(f"restore: scale must be at least 1, got {scale}")
         batch, _, height, width = self.sizes
         num_y, num_x = len(self.tops), len(self.lefts)
-        wanted = (batch * num_y * num_x, self.size[0] * scale, self.size[1] * scale)
-        if rows.ndim != 4 or (rows.shape[0], *rows.shape[2:]) != wanted:
+        size_y, size_x = self.size[0] * scale, self.size[1] * scale
+        num_cells = batch * num_y * num_x
+        if rows.ndim != 4 or (rows.shape[0], *rows.shape[2:]) != (num_cells, size_y, size_x):
             raise RouteError(
-                f"restore(scale={scale}): expected rows [{wanted[0]}, C, {wanted[1]}, {wanted[2]}],"
-                f" got {list(rows.shape)}"
+                f"restore(scale={scale}): expected rows [{num_cells}, C, {size_y}, {size_x}], "
+                f"got {list(rows.shape)}"
             )
-        channels = rows.shape[1]
-        out = rows.reshape(batch, num_y, num_x, channels, wanted[1], wanted[2])
-        out = out.permute(0, 3, 1, 4, 2, 5).reshape(
-            batch, channels, num_y * wanted[1], num_x * wanted[2]
+        overlap = _is_overlapping(self.tops, self.size[0]) or _is_overlapping(
+            self.lefts, self.size[1]
         )
-        out = _fold_mean(out, 3, self.lefts, self.size[1], width, scale)
-        return _fold_mean(out, 2, self.tops, self.size[0], height, scale)
+        if overlap and not rows.is_floating_point():
+            raise RouteError(f"restore averages overlapping patches: give floats, not {rows.dtype}")
+        out = rows.unflatten(0, (batch, num_y, num_x)).permute(0, 3, 1, 4, 2, 5)
+        if overlap:
+            out = out.to(torch.promote_types(rows.dtype, torch.float32))
+        out = _fold_mean(out.flatten(4), 4, self.lefts, self.size[1], width, scale)
+        out = _fold_mean(out.flatten(2, 3), 2, self.tops, self.size[0], height, scale)
+        return out.to(rows.dtype)
 
 
 def annotate(
-    x: Tensor, dims: int | tuple[int, ...], shape: tuple[int, ...] | None = None
+    x: Tensor, dims: int | Sequence[int], shape: Sequence[int] | None = None
 ) -> tuple[Tensor, Grid]:
     """Name the cells of a tensor: (cells ``[N, *S]``, grid) with ``grid.restore`` undoing it.
 
     ``dims`` are the dims along which cells lie, in the order in which cells are counted (negative
     ones count from the end); the others are a cell's own, in their order. ``shape`` regroups the
-    elements into cells of that shape. The cells are a view of ``x`` where strides permit.
+    elements, in that order, into cells of that shape. The cells are a view of ``x`` where strides
+    permit.
 
     Source: ``annotate_cell`` of Brainstorm (OSDI 2023, section 3.1).
     """
     if has_torch_function_unary(x):
-        return handle_torch_function(annotate, (x,), x, dims, shape)  # type: ignore[no-any-return]
+        return handle_torch_function(annotate, (x,), x, dims, shape)
     named = (dims,) if isinstance(dims, int) else tuple(dims)
     for d in named:
         if not -x.ndim <= d < x.ndim:
@@ -171,18 +193,22 @@ def annotate(
         raise RouteError(f"annotate: dims must name at least one dim, each once, got {named}")
     rest = tuple(d for d in range(x.ndim) if d not in order)
     sizes = tuple(x.shape)
-    cell_shape = tuple(sizes[d] for d in rest) if shape is None else tuple(shape)
+    cell_shape = tuple(sizes[d] for d in rest)
+    if shape is not None and tuple(shape) == cell_shape:
+        shape = None
     if shape is None:
-        num_cells = _product([sizes[d] for d in order])
+        num_cells = _product(sizes[d] for d in order)
     else:
-        cell_numel = _product(cell_shape)
-        if cell_numel <= 0 or x.numel() % cell_numel:
+        cell_shape = shape = tuple(shape)
+        numel = _product(shape)
+        if any(size < 1 for size in shape) or x.numel() % numel:
             raise RouteError(
-                f"annotate: {x.numel()} elements {sizes} do not divide into cells of {cell_shape}"
+                f"annotate: {x.numel()} elements {list(sizes)} do not divide into cells of "
+                f"{list(shape)}"
             )
-        num_cells = x.numel() // cell_numel
+        num_cells = x.numel() // numel
     cells = x.permute(order + rest).reshape((num_cells, *cell_shape))
-    return cells, Grid(order, sizes, Cells.of(num_cells))
+    return cells, Grid(order, sizes, Cells.of(num_cells), shape)
 
 
 def annotate_patches(
@@ -195,9 +221,7 @@ def annotate_patches(
     as large as a patch.
     """
     if has_torch_function_unary(x_BCHW):
-        return handle_torch_function(  # type: ignore[no-any-return]
-            annotate_patches, (x_BCHW,), x_BCHW, size, stride
-        )
+        return handle_torch_function(annotate_patches, (x_BCHW,), x_BCHW, size, stride)
     if x_BCHW.ndim != 4:
         raise RouteError(f"annotate_patches: x must be [B, C, H, W], got {list(x_BCHW.shape)}")
     size_y, size_x = (size, size) if isinstance(size, int) else size
@@ -217,14 +241,15 @@ def annotate_patches(
             )
     tops = _starts(height, size_y, stride_y)
     lefts = _starts(width, size_x, stride_x)
+    num_cells = batch * len(tops) * len(lefts)
     if len(tops) == 1 and len(lefts) == 1:
         cells = x_BCHW
     else:
-        cells = _unfold(_unfold(x_BCHW, 2, tops, size_y, stride_y), 4, lefts, size_x, stride_x)
+        cells = _unfold(_unfold(x_BCHW, 2, tops, size_y), 4, lefts, size_x)
         # [B, C, num_y, size_y, num_x, size_x]
-        cells = cells.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels, size_y, size_x)
+        cells = cells.permute(0, 2, 4, 1, 3, 5).reshape(num_cells, channels, size_y, size_x)
     grid = PatchGrid(
-        (batch, channels, height, width), (size_y, size_x), tops, lefts, Cells.of(cells.shape[0])
+        (batch, channels, height, width), (size_y, size_x), tops, lefts, Cells.of(num_cells)
     )
     return cells, grid
 
@@ -244,14 +269,24 @@ def _starts(full: int, size: int, stride: int) -> tuple[int, ...]:
     return tuple(starts)
 
 
-def _unfold(x: Tensor, dim: int, starts: tuple[int, ...], size: int, stride: int) -> Tensor:
+def _stride(starts: tuple[int, ...]) -> int:
+    return starts[1] - starts[0] if len(starts) > 1 else 1
+
+
+def _is_overlapping(starts: tuple[int, ...], size: int) -> bool:
+    return any(b - a < size for a, b in itertools.pairwise(starts))
+
+
+def _unfold(x: Tensor, dim: int, starts: tuple[int, ...], size: int) -> Tensor:
     """Replace ``dim`` by two: windows, and positions inside a window. A view where regular."""
-    if x.shape[dim] == (len(starts) - 1) * stride + size:
-        return x.unfold(dim, size, stride).movedim(-1, dim + 1)
-    index = torch.tensor(
-        [start + i for start in starts for i in range(size)], device=x.device
-    )
-    return x.index_select(dim, index).unflatten(dim, (len(starts), size))
+    stride, full = _stride(starts), x.shape[dim]
+    num_regular = (full - size) // stride + 1
+    x_regular = x.narrow(dim, 0, (min(num_regular, len(starts)) - 1) * stride + size)
+    windows = x_regular.unfold(dim, size, stride).movedim(-1, dim + 1)
+    if num_regular >= len(starts):
+        return windows
+    # The last window is moved inwards. Not one index_select: its backward adds in any order
+    return torch.cat([windows, x.narrow(dim, full - size, size).unsqueeze(dim)], dim)
 
 
 def _fold_mean(
@@ -261,25 +296,25 @@ def _fold_mean(
 
     A sum of gathers, one for each layer of overlap: no atomics, so that it is deterministic.
     """
-    covering: list[list[int]] = [[] for _ in range(full * scale)]
-    for i, start in enumerate(starts):
-        for j in range(size * scale):
-            covering[start * scale + j].append(i * size * scale + j)
-    out = None
-    for layer in range(max((len(c) for c in covering), default=0)):
-        index = torch.tensor([c[min(layer, len(c) - 1)] for c in covering], device=x.device)
-        part = x.index_select(dim, index)
-        if min(len(c) for c in covering) <= layer:
-            there = torch.tensor([float(len(c) > layer) for c in covering], device=x.device)
-            part = part * there.to(x.dtype).view([-1 if d == dim else 1 for d in range(x.ndim)])
-        out = part if out is None else out + part
-    if out is None:
-        raise RouteError("restore: an image without pixels")
-    if all(len(c) == 1 for c in covering):
-        return out
-    share = torch.tensor([1.0 / len(c) for c in covering], device=x.device).to(x.dtype)
-    return out * share.view([-1 if d == dim else 1 for d in range(x.ndim)])
+    if not _is_overlapping(starts, size):
+        return x
+    num_layers = max(sum(a <= b < a + size for b in starts) for a in starts)
+    # Made on the device, so that a CUDA graph can be captured
+    start_W = torch.arange(len(starts), device=x.device) * _stride(starts)
+    start_W = start_W.clamp(max=full - size) * scale
+    pixel = torch.arange(full * scale, device=x.device)
+    first = torch.searchsorted(start_W + size * scale, pixel, right=True)
+    last = torch.searchsorted(start_W, pixel, right=True) - 1
+    shape = [-1 if d == dim else 1 for d in range(x.ndim)]
+    total = None
+    for layer in range(num_layers):
+        window = torch.minimum(first + layer, last)
+        part = x.index_select(dim, window * (size * scale) + pixel - start_W[window])
+        part = part.masked_fill((first + layer > last).view(shape), 0)
+        total = part if total is None else total + part
+    assert total is not None
+    return total / (last - first + 1).view(shape)
 
 
 for _cls in (Root, Cells, Grid, PatchGrid):
-    torch.export.register_dataclass(_cls)
+    torch.export.register_dataclass(_cls, serialized_type_name=f"brt.{_cls.__name__}")

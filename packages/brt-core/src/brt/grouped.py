@@ -14,6 +14,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from brt import ops
 from brt.errors import RouteError
+from brt.ops.grouped_linear import activate
 from brt.route import Route
 
 _ACTIVATION_OF: dict[type[nn.Module], str] = {
@@ -22,6 +23,7 @@ _ACTIVATION_OF: dict[type[nn.Module], str] = {
     nn.SiLU: "silu",
     nn.Identity: "none",
 }
+_LINEAR = "linear"
 
 
 def each(modules: Iterable[nn.Module], paths: Iterable[Any]) -> list[Any]:
@@ -35,14 +37,12 @@ def each(modules: Iterable[nn.Module], paths: Iterable[Any]) -> list[Any]:
     modules, paths = list(modules), list(paths)
     flows = tuple(flow for path in paths for flow in (path if isinstance(path, tuple) else (path,)))
     if has_torch_function(flows):
-        return handle_torch_function(each, flows, modules, paths)  # type: ignore[no-any-return]
+        return handle_torch_function(each, flows, modules, paths)
     if len(modules) != len(paths):
         raise RouteError(f"each: {len(modules)} modules for {len(paths)} paths")
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return [_call(m, p) for m, p in zip(modules, paths, strict=True)]
-    outs = [
-        _call(m, p) if _num_rows(p) else None for m, p in zip(modules, paths, strict=True)
-    ]
+    outs = [_call(m, p) if _num_rows(p) else None for m, p in zip(modules, paths, strict=True)]
     for i, out in enumerate(outs):
         if out is None:
             like = next((o for o in outs if isinstance(o, Tensor)), None)
@@ -57,56 +57,69 @@ def grouped(modules: Sequence[nn.Module], rows_RI: Tensor, route: Route) -> Tens
     """Run module p on the rows of path p, all in one operator a layer; ``[R, O]``.
 
     ``rows_RI`` are packed rows (``ScatterRouter(result="packed")``). The modules must be alike:
-    ``nn.Linear``, or ``nn.Sequential`` of ``nn.Linear``, ReLU, GELU, SiLU and Identity. The graph
-    of this call does not grow with P, and nothing waits for the loads where the kernel does not
-    (`brt.ops.explain`). Gradients reach every module's own parameters.
+    ``nn.Linear``, or ``nn.Sequential`` of ``nn.Linear``, ReLU, GELU, SiLU and Identity, without
+    forward hooks. One operator of the graph of this call stands for all paths, and nothing waits
+    for the loads where the kernel does not (`brt.ops.explain`). Gradients reach every module's own
+    parameters.
     """
     if has_torch_function((rows_RI,)):
-        return handle_torch_function(  # type: ignore[no-any-return]
-            grouped, (rows_RI,), list(modules), rows_RI, route
-        )
+        return handle_torch_function(grouped, (rows_RI,), list(modules), rows_RI, route)
     if len(modules) != route.num_paths:
         raise RouteError(f"grouped: {len(modules)} modules for a route of {route.num_paths} paths")
     if not isinstance(rows_RI, Tensor):
         raise RouteError(
             "grouped: rows must be one packed tensor: ScatterRouter(..., result='packed')"
         )
-    layers = [list(m) if isinstance(m, nn.Sequential) else [m] for m in modules]
-    if len({tuple(type(layer) for layer in branch) for branch in layers}) != 1:
-        raise RouteError("grouped: the modules differ in their layers; use brt.each")
-    position, depth = 0, len(layers[0])
-    while position < depth:
-        layer = layers[0][position]
-        if isinstance(layer, nn.Linear):
-            linears: list[nn.Linear] = [branch[position] for branch in layers]  # type: ignore[misc]
-            following = layers[0][position + 1] if position + 1 < depth else None
-            activation = "none" if following is None else activation_of(following)
-            position += 1 if activation is None or following is None else 2
-            weight_POI, bias_PO = stack_linears(linears)
-            rows_RI = ops.grouped_linear(
-                rows_RI, route.offsets_P1, weight_POI, bias_PO, activation or "none"
-            )
-        elif activation_of(layer) is not None:
-            rows_RI = layer(rows_RI)
+    ops.same_size("grouped: rows and rows of the route", rows_RI.shape[0], route.cell_R.shape[0])
+    branches = [_layers(module) for module in modules]
+    kinds = [_kind(layer) for layer in branches[0]]
+    for p, branch in enumerate(branches):
+        if [_kind(layer) for layer in branch] != kinds:
+            raise RouteError(f"grouped: module {p} has other layers than module 0; use brt.each")
+    position = 0
+    while position < len(kinds):
+        if kinds[position] != _LINEAR:
+            rows_RI = activate(rows_RI, kinds[position])
             position += 1
-        else:
-            raise RouteError(
-                f"grouped: layer {position} is {type(layer).__name__}; it takes Linear, ReLU, GELU, "
-                "SiLU and Identity; use brt.each for others"
-            )
+            continue
+        following = kinds[position + 1] if position + 1 < len(kinds) else _LINEAR
+        activation = "none" if following == _LINEAR else following
+        weight_POI, bias_PO = stack_linears([branch[position] for branch in branches])  # type: ignore[misc]
+        rows_RI = ops.grouped_linear(rows_RI, route.offsets_P1, weight_POI, bias_PO, activation)
+        position += 1 if following == _LINEAR else 2
     return rows_RI
+
+
+def _layers(module: nn.Module) -> list[nn.Module]:
+    """The layers of a branch in order: what nested ``nn.Sequential`` hold, or the module itself."""
+    if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
+        return [layer for part in module for layer in _layers(part)]
+    return [module]
+
+
+def _kind(layer: nn.Module) -> str:
+    """`_LINEAR`, or the name of an activation; an error for what one operator cannot run."""
+    hooked = layer._forward_hooks or layer._forward_pre_hooks
+    if isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward and not hooked:
+        return _LINEAR
+    activation = activation_of(layer)
+    if activation is None or hooked:
+        raise RouteError(
+            f"grouped: it takes nn.Linear, ReLU, GELU, SiLU and Identity, got "
+            f"{type(layer).__name__}{' with forward hooks' if hooked else ''}; use brt.each"
+        )
+    return activation
 
 
 def activation_of(module: nn.Module) -> str | None:
     """The name that `brt.ops.grouped_linear` has for an activation module, or None."""
-    name = _ACTIVATION_OF.get(type(module))
-    if isinstance(module, nn.GELU) and module.approximate == "tanh":
+    if type(module) is nn.GELU and module.approximate == "tanh":
         return "gelu_tanh"
-    return name
+    return _ACTIVATION_OF.get(type(module))
 
 
 def stack_linears(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
-    """Weights ``[P, O, I]`` and biases ``[P, O]`` (None where no layer has one) of linear layers."""
+    """Weights ``[P, O, I]`` and biases ``[P, O]`` (None where there is none) of linear layers."""
     if len({tuple(linear.weight.shape) for linear in linears}) != 1:
         shapes = sorted({tuple(linear.weight.shape) for linear in linears})
         raise RouteError(f"grouped: linear layers of different shapes {shapes}; use brt.each")

@@ -9,6 +9,7 @@ G groups of cells, S trailing cell dims, I O H D feature sizes.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -95,7 +96,11 @@ def _drop_overflow(
     """The path of each entry, -1 where the path has no room for it."""
     num_cells, num_choices = sizes_NK
     device = path_E.device
-    limit_P = torch.tensor(list(capacity), dtype=torch.int64, device=device).expand(num_paths)
+    # Filled in place: a tensor made of a list would wait for the device
+    limit_P = torch.full((num_paths,), capacity[0], dtype=torch.int64, device=device)
+    for p, limit in enumerate(capacity):
+        if limit != capacity[0]:
+            limit_P[p] = limit
     group_size = group_size or max(num_cells, 1)
     num_groups = -(-num_cells // group_size)
 
@@ -148,8 +153,7 @@ def dispatch(
         return x_NS.new_zeros((num_rows, *x_NS.shape[1:]))
     rows_RS = x_NS.index_select(0, cell_R.clamp(min=0))
     if weight_R is not None:
-        scale_R = weight_R * (cell_R >= 0)
-        return (rows_RS * _along_rows(scale_R.to(_wide(x_NS)), x_NS)).to(x_NS.dtype)
+        rows_RS = (rows_RS * _along_rows(weight_R.to(_wide(x_NS)), x_NS)).to(x_NS.dtype)
     if x_NS.device.type == "cpu" and not bool((cell_R < 0).any()):
         return rows_RS
     return rows_RS.masked_fill_(_along_rows(cell_R < 0, x_NS), 0)
@@ -204,7 +208,7 @@ def path_sizes(offsets_P1: Tensor) -> list[Tensor]:
 
 
 def compact(keep_N: Tensor) -> tuple[Tensor, Tensor]:
-    """(index_N, count_1): the indices where ``keep`` holds, in order, then -1; how many they are."""
+    """(index_N, count_1): the indices where ``keep`` holds, in order, then -1; their number."""
     num_cells = keep_N.shape[0]
     keep = keep_N != 0
     place_N = torch.cumsum(keep, 0) - 1
@@ -228,7 +232,7 @@ def grouped_linear(
     act = ACTIVATIONS[activation]
     offsets = offsets_P1.tolist()
     out_RO = x_RI.new_zeros((x_RI.shape[0], weight_POI.shape[1]))
-    for p, (start, stop) in enumerate(zip(offsets, offsets[1:], strict=False)):
+    for p, (start, stop) in enumerate(itertools.pairwise(offsets)):
         if stop > start:
             bias = None if bias_PO is None else bias_PO[p]
             out_RO[start:stop] = act(F.linear(x_RI[start:stop], weight_POI[p], bias))
@@ -236,10 +240,10 @@ def grouped_linear(
 
 
 def grouped_outer(y_RO: Tensor, x_RI: Tensor, offsets_P1: Tensor) -> Tensor:
-    """``out[p] = y_p.T @ x_p`` over the rows of path p: the gradient of the weights; ``[P, O, I]``."""
+    """``out[p] = y_p.T @ x_p`` over the rows of path p: the gradient of weights; ``[P, O, I]``."""
     offsets = offsets_P1.tolist()
     out_POI = x_RI.new_zeros((len(offsets) - 1, y_RO.shape[1], x_RI.shape[1]))
-    for p, (start, stop) in enumerate(zip(offsets, offsets[1:], strict=False)):
+    for p, (start, stop) in enumerate(itertools.pairwise(offsets)):
         if stop > start:
             torch.mm(y_RO[start:stop].t(), x_RI[start:stop], out=out_POI[p])
     return out_POI
@@ -296,7 +300,7 @@ def conv_chain(
     """
     offsets = offsets_P1.tolist()
     made = []
-    for p, (start, stop) in enumerate(zip(offsets, offsets[1:], strict=False)):
+    for p, (start, stop) in enumerate(itertools.pairwise(offsets)):
         branch = unflatten_branch(steps, scales, step_offsets_P1[p], step_offsets_P1[p + 1])
         registers = {0: x_RCHW[start:stop]}
         for step in branch:
@@ -337,8 +341,7 @@ def conv_chain_backward(
         out = conv_chain(inputs[0], offsets_P1, inputs[1:], steps, step_offsets_P1, scales)
         grads = torch.autograd.grad(out, inputs, grad_RCHW, allow_unused=True)
     return [
-        torch.zeros_like(t) if grad is None else grad
-        for t, grad in zip(inputs, grads, strict=True)
+        torch.zeros_like(t) if grad is None else grad for t, grad in zip(inputs, grads, strict=True)
     ]
 
 

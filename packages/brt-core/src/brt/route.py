@@ -52,7 +52,7 @@ class Route:
         return self.offsets_P1.diff()
 
     def with_sizes(self) -> Route:
-        """The route with `sizes`, its row tensors cut to the rows there are; reads the device once."""
+        """The route with `sizes`, its tensors cut to the rows there are; reads the device once."""
         if self.sizes is not None:
             return self
         sizes = ops.path_sizes(self.offsets_P1)
@@ -86,7 +86,7 @@ class Route:
         if self.cells.cell_R is not None:
             cell_R = self.cells.cell_R.index_select(0, cell_R.clamp(min=0))
         weight_R = None if sized.weight_R is None else sized.weight_R.narrow(0, start, size)
-        return Cells(self.cells.root, cell_R, weight_R)
+        return Cells(self.cells.root, cell_R, weight_R, self.weighted)
 
     def split(self, rows_RS: Tensor) -> tuple[Tensor, ...]:
         """Packed rows -> the rows of each path, as views. Needs `sizes`."""
@@ -114,32 +114,35 @@ class Route:
         return Decision(self.num_paths, choice_NK=choice_NK, weight=weight).to_mask()
 
 
-torch.export.register_dataclass(Route)
+torch.export.register_dataclass(Route, serialized_type_name="brt.Route")
 
 
 def make_route(decision: Decision, num_cells: int, cells: Cells | None = None) -> Route:
     """Carry out a decision about ``num_cells`` rows: apply capacity, and lay rows out by path."""
-    if decision.num_cells != num_cells:
-        raise RouteError(
-            f"the scores decide for {decision.num_cells} cells, but x has {num_cells} rows"
-        )
+    ops.same_size("rows of x and cells that the scores decide for", num_cells, decision.num_cells)
     if cells is None:
         cells = Cells.of(num_cells)
     elif isinstance(cells, Cells):
-        ops_size = cells.root.num_cells if cells.cell_R is None else cells.cell_R.shape[0]
-        if not torch.compiler.is_compiling() and ops_size != num_cells:
-            raise RouteError(
-                f"cells= is a record of {ops_size} rows, but x has {num_cells}; for the rows of "
-                "path p of a route pass route[p]"
-            )
+        ops.same_size(
+            "rows of x and of cells= (for the rows of path p of a route pass route[p])",
+            num_cells,
+            cells.num_rows,
+        )
     else:
         raise RouteError(
             f"cells= takes a Cells record (grid.cells, route[p]), got {type(cells).__name__}"
         )
     if decision.cell_PC is not None:
         decision = decision.to_mask()
-    capacity = decision.capacity
-    limits = None if capacity is None else list(capacity) if isinstance(capacity, tuple) else [capacity]
+    decided = decision.mask_NP if decision.choice_NK is None else decision.choice_NK
+    assert decided is not None
+    if cells.cell_R is not None and cells.cell_R.device != decided.device:
+        raise RouteError(
+            f"cells= is on {cells.cell_R.device}, but the scores are on {decided.device}"
+        )
+    limits = decision.capacity
+    if limits is not None:
+        limits = limits if isinstance(limits, tuple) else (limits,)
     settings = (limits, decision.priority_N, decision.group_size or 0)
     if decision.choice_NK is not None:
         choice_NK = decision.choice_NK
@@ -172,7 +175,7 @@ class Merge:
     weight_R: Tensor | None
 
 
-def merge_cells(where: Sequence[Cells]) -> Merge:
+def merge_cells(where: Sequence[Cells], device: torch.device) -> Merge:
     """The inverse map of rows listed one set after another; their roots must be one."""
     root = where[0].root
     for i, cells in enumerate(where):
@@ -182,8 +185,12 @@ def merge_cells(where: Sequence[Cells]) -> Merge:
                 f"0 ({root.num_cells} cells); to gather paths of several scatters, pass the same "
                 "cells= to each: grid.cells, or route[p] of the scatter before"
             )
+        if cells.cell_R is not None and cells.cell_R.device != device:
+            raise RouteError(
+                f"gather: the rows are on {device}, but the cells of rows {i} on "
+                f"{cells.cell_R.device}"
+            )
     num_sets, num_cells = len(where), root.num_cells
-    device = next((c.cell_R.device for c in where if c.cell_R is not None), torch.device("cpu"))
     parts = [cells.index_R(device) for cells in where]
     cell_R = torch.cat(parts)
     set_R = torch.cat([torch.full_like(part, i) for i, part in enumerate(parts)])

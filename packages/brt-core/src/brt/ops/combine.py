@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from brt.ops.dispatch import check_rows, same_size
+from brt.errors import RouteError
+from brt.ops.dispatch import check_devices, check_rows, same_size
 from brt.ops.registry import Operator
 
 _COMBINE = Operator(
@@ -23,16 +24,21 @@ def combine(
 ) -> Tensor:
     """``out[n] = sum_k weight[row[n, k]] * rows[row[n, k]]`` over choices with a row; ``[N, *S]``.
 
-    A cell without any row is zero. Sums run in float32; the result has the dtype of the rows. The
-    gradient is `dispatch`.
+    A cell without any row is zero. Sums run in float32; the result has the dtype of the rows. Any
+    dtype where there is no weight. The gradient is `dispatch`.
     """
     _check(rows_RS, row_NK, cell_R, weight_R)
-    return torch.ops.brt.combine(rows_RS, row_NK, cell_R, weight_R)  # type: ignore[no-any-return]
+    check_devices("combine", rows_RS, row_NK, cell_R, weight_R)
+    return torch.ops.brt.combine(rows_RS, row_NK, cell_R, weight_R)
 
 
 def _check(rows_RS: Tensor, row_NK: Tensor, cell_R: Tensor, weight_R: Tensor | None) -> None:
     check_rows("combine", cell_R, row_NK, weight_R)
+    if rows_RS.ndim < 1:
+        raise RouteError("combine: rows must have a row dim, got a scalar")
     same_size("combine: rows given and rows of the route", rows_RS.shape[0], cell_R.shape[0])
+    if weight_R is not None and not rows_RS.dtype.is_floating_point:
+        raise RouteError(f"combine: only floats can be weighted, got rows of {rows_RS.dtype}")
 
 
 @torch.library.register_fake("brt::combine")

@@ -19,13 +19,18 @@ def compact(keep_N: Tensor) -> tuple[Tensor, Tensor]:
 
     Both int64 and on the device: nothing waits.
     """
-    return torch.ops.brt.compact(keep_N)  # type: ignore[no-any-return]
+    _check(keep_N)
+    return torch.ops.brt.compact(keep_N)
+
+
+def _check(keep_N: Tensor) -> None:
+    if keep_N.ndim != 1 or keep_N.dtype.is_floating_point or keep_N.dtype.is_complex:
+        raise RouteError(f"compact: keep must be bool [N], got {keep_N.dtype}{list(keep_N.shape)}")
 
 
 @torch.library.register_fake("brt::compact")
 def _(keep_N: Tensor) -> tuple[Tensor, Tensor]:
-    if keep_N.ndim != 1 or keep_N.dtype.is_floating_point:
-        raise RouteError(f"compact: keep must be bool [N], got {keep_N.dtype}{list(keep_N.shape)}")
+    _check(keep_N)
     return keep_N.new_empty(keep_N.shape[0], dtype=torch.int64), keep_N.new_empty(
         1, dtype=torch.int64
     )

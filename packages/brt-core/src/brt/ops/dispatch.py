@@ -27,7 +27,8 @@ def dispatch(
     `combine`). Any dtype where there is no weight.
     """
     _check(x_NS, cell_R, row_NK, weight_R)
-    return torch.ops.brt.dispatch(x_NS, cell_R, row_NK, weight_R)  # type: ignore[no-any-return]
+    check_devices("dispatch", x_NS, cell_R, row_NK, weight_R)
+    return torch.ops.brt.dispatch(x_NS, cell_R, row_NK, weight_R)
 
 
 def _check(x_NS: Tensor, cell_R: Tensor, row_NK: Tensor, weight_R: Tensor | None) -> None:
@@ -60,6 +61,14 @@ def check_rows(what: str, cell_R: Tensor, row_NK: Tensor, weight_R: Tensor | Non
                 f"{what}: weight_R must be 1-D floats, got {weight_R.dtype}{list(weight_R.shape)}"
             )
         same_size(f"{what}: weights and rows", weight_R.shape[0], cell_R.shape[0])
+
+
+def check_devices(what: str, *tensors: Tensor | None) -> None:
+    """Raise unless all tensors lie on one device."""
+    devices = {t.device for t in tensors if t is not None}
+    if len(devices) > 1:
+        found = ", ".join(sorted(map(str, devices)))
+        raise RouteError(f"{what}: tensors on different devices ({found}); move them to one")
 
 
 def same_size(what: str, came: int, wanted: int) -> None:

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from brt.errors import RouteError
-from brt.ops.combine import combine
 from brt.ops.autocast import register_autocast
-from brt.ops.dispatch import check_rows, dispatch, same_size
+from brt.ops.combine import combine
+from brt.ops.dispatch import check_devices, check_rows, dispatch, same_size
 from brt.ops.grouped_linear import ACTIVATIONS, grouped_linear
 from brt.ops.registry import Operator
 
@@ -50,7 +50,7 @@ def expert_mlp(
     _check(*args, activation)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args):
         return expert_mlp_parts(*args, activation)
-    return torch.ops.brt.expert_mlp(*args, activation)  # type: ignore[no-any-return]
+    return torch.ops.brt.expert_mlp(*args, activation)
 
 
 def expert_mlp_parts(
@@ -89,6 +89,10 @@ def _check(
     activation: str,
 ) -> None:
     check_rows("expert_mlp", cell_R, row_NK, weight_R)
+    check_devices(
+        "expert_mlp", x_ND, cell_R, row_NK, offsets_P1, weight_R, up_PHD, up_bias_PH, down_PDH,
+        down_bias_PD,
+    )  # fmt: skip
     if activation not in (*ACTIVATIONS, "swiglu"):
         raise RouteError(
             f"expert_mlp: activation {activation!r}; there are {', '.join(ACTIVATIONS)}, swiglu"
@@ -114,7 +118,7 @@ def _check(
 def _(*args: Any) -> Tensor:
     _check(*args)
     x_ND, down_PDH = args[0], args[7]
-    return x_ND.new_empty((x_ND.shape[0], down_PDH.shape[1]))  # type: ignore[no-any-return]
+    return x_ND.new_empty((x_ND.shape[0], down_PDH.shape[1]))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -124,15 +128,18 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
     # The operator called directly under autograd: compute the parts again, then differentiate them
-    floats = (0, 4, 5, 6, 7, 8)
-    inputs = list(ctx.saved_tensors)
+    inputs: list[Any] = list(ctx.saved_tensors)
+    wanted = [i for i, t in enumerate(inputs) if t is not None and ctx.needs_input_grad[i]]
+    twice = torch.is_grad_enabled()  # these gradients are to be differentiated themselves
     with torch.enable_grad():
-        for i in floats:
-            if inputs[i] is not None:
-                inputs[i] = inputs[i].detach().requires_grad_(ctx.needs_input_grad[i])
-        wanted = [i for i in floats if inputs[i] is not None and ctx.needs_input_grad[i]]
-        out_ND = expert_mlp_parts(*inputs, ctx.activation)
-        found = torch.autograd.grad(out_ND, [inputs[i] for i in wanted], grad_ND)
+        for i in wanted:
+            # Apart from what the inputs were computed from, which may be one another
+            again = inputs[i].view_as(inputs[i]) if twice else inputs[i].detach().requires_grad_()
+            inputs[i] = again
+        out_ND = expert_mlp_parts(*inputs, activation=ctx.activation)
+        found = torch.autograd.grad(
+            out_ND, [inputs[i] for i in wanted], grad_ND, create_graph=twice
+        )
     grads: list[Tensor | None] = [None] * 10
     for i, grad in zip(wanted, found, strict=True):
         grads[i] = grad

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from brt.errors import RouteError
 from brt.ops.autocast import register_autocast
-from brt.ops.dispatch import same_size
+from brt.ops.dispatch import check_devices, same_size
 from brt.ops.registry import Operator
 
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
@@ -47,12 +47,23 @@ def grouped_linear(
         if any(t.requires_grad for t in needs):
             out = torch.ops.brt.grouped_linear(x_RI, offsets_P1, weight_POI, bias_PO, "none")
             return activate(out, activation)
-    return torch.ops.brt.grouped_linear(x_RI, offsets_P1, weight_POI, bias_PO, activation)  # type: ignore[no-any-return]
+    return torch.ops.brt.grouped_linear(x_RI, offsets_P1, weight_POI, bias_PO, activation)
 
 
 def grouped_outer(y_RO: Tensor, x_RI: Tensor, offsets_P1: Tensor) -> Tensor:
     """``out[p] = y_p.T @ x_p`` over the rows of path p: the gradient of weights; ``[P, O, I]``."""
-    return torch.ops.brt.grouped_outer(y_RO, x_RI, offsets_P1)  # type: ignore[no-any-return]
+    _check_outer(y_RO, x_RI, offsets_P1)
+    return torch.ops.brt.grouped_outer(y_RO, x_RI, offsets_P1)
+
+
+def _check_outer(y_RO: Tensor, x_RI: Tensor, offsets_P1: Tensor) -> None:
+    check_devices("grouped_outer", y_RO, x_RI, offsets_P1)
+    if y_RO.ndim != 2 or x_RI.ndim != 2 or offsets_P1.ndim != 1:
+        raise RouteError(
+            "grouped_outer: expected y [R, O], x [R, I] and offsets [P + 1], got "
+            f"{list(y_RO.shape)}, {list(x_RI.shape)} and {list(offsets_P1.shape)}"
+        )
+    same_size("grouped_outer: rows of y and of x", y_RO.shape[0], x_RI.shape[0])
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
@@ -73,6 +84,7 @@ def _check(
         raise RouteError(
             f"grouped_linear: activation {activation!r}; there are {', '.join(ACTIVATIONS)}"
         )
+    check_devices("grouped_linear", x_RI, offsets_P1, weight_POI, bias_PO)
     if x_RI.ndim != 2 or offsets_P1.ndim != 1 or weight_POI.ndim != 3:
         raise RouteError(
             "grouped_linear: expected x [R, I], offsets [P + 1] and weight [P, O, I], got "
@@ -101,7 +113,7 @@ def _(
 
 @torch.library.register_fake("brt::grouped_outer")
 def _(y_RO: Tensor, x_RI: Tensor, offsets_P1: Tensor) -> Tensor:
-    same_size("grouped_outer: rows of y and of x", y_RO.shape[0], x_RI.shape[0])
+    _check_outer(y_RO, x_RI, offsets_P1)
     return x_RI.new_empty((offsets_P1.shape[0] - 1, y_RO.shape[1], x_RI.shape[1]))
 
 
@@ -132,11 +144,11 @@ def _backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor | None, ...]:
 def _activation_backward(grad: Tensor, pre: Tensor, activation: str) -> Tensor:
     aten = torch.ops.aten
     if activation == "relu":
-        return aten.threshold_backward(grad, pre, 0)  # type: ignore[no-any-return]
+        return aten.threshold_backward(grad, pre, 0)
     if activation == "silu":
-        return aten.silu_backward(grad, pre)  # type: ignore[no-any-return]
+        return aten.silu_backward(grad, pre)
     approximate = "tanh" if activation == "gelu_tanh" else "none"
-    return aten.gelu_backward(grad, pre, approximate=approximate)  # type: ignore[no-any-return]
+    return aten.gelu_backward(grad, pre, approximate=approximate)
 
 
 def _setup_outer(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

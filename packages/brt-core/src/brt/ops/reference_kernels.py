@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -47,7 +48,7 @@ def _estimate_chain(
     return _OVERHEAD_US * len(steps) / 9 + 2 * pixels * weights / _FLOPS_PER_US
 
 
-_ESTIMATES = {
+_ESTIMATES: dict[str, Callable[..., float]] = {
     "conv_chain": _estimate_chain,
     "grouped_linear": _estimate_linear,
     "grouped_outer": _estimate_outer,

@@ -7,9 +7,9 @@ Every operator is a ``torch.library`` operator of namespace ``brt``, so graphs, 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,8 @@ from brt.specs import KernelSpec
 LIBRARY = torch.library.Library("brt", "DEF")
 OPERATORS: dict[str, Operator] = {}
 
-_used: ContextVar[str | None] = ContextVar("brt.ops.use", default=None)
+# Not a ContextVar: the backward of CUDA work runs on a thread of autograd's
+_used: str | None = None
 _from_environment = os.environ.get("BRT_OPS") or None
 # (operator, signature of the arguments) -> name of the kernel that measured fastest
 _measured: dict[tuple[Any, ...], str] = {}
@@ -108,7 +109,7 @@ class Operator:
 
     def _choose(self, args: tuple[Any, ...]) -> tuple[KernelSpec | None, str]:
         kernels = self.kernels(_device_of(args))
-        wanted = _used.get() or _from_environment
+        wanted = _used or _from_environment
         if wanted is not None:
             named = self._named(wanted, kernels, args)
             if named is not None:
@@ -162,8 +163,12 @@ class Operator:
         return self.choose(self._with_defaults(args)).backward
 
     def _with_defaults(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        schema = self.overload._schema.arguments
-        return args + tuple(a.default_value for a in schema[len(args) :])
+        # The schemas have none: the dispatcher would leave out arguments equal to their defaults
+        from brt import ops
+
+        bound = inspect.signature(getattr(ops, self.name)).bind(*args)
+        bound.apply_defaults()
+        return bound.args
 
 
 @contextlib.contextmanager
@@ -172,13 +177,14 @@ def use(name: str) -> Iterator[None]:
 
     ``use("reference")`` is the plain-torch specification. A kernel that refuses the arguments is
     an error here, not a silent fallback. An operator that has no kernel of this name chooses as
-    always.
+    always. It holds for the whole process, because backward passes run on threads of their own.
     """
-    token = _used.set(name)
+    global _used
+    before, _used = _used, name
     try:
         yield
     finally:
-        _used.reset(token)
+        _used = before
 
 
 def explain(op: str, *args: Any) -> Explanation:

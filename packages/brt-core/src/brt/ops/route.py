@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from brt.errors import RouteError
+from brt.ops.dispatch import check_devices
 from brt.ops.registry import Operator
 
 _SETTINGS = (
@@ -39,7 +40,7 @@ def route(
     ``group_size`` consecutive cells (0: all are one group).
     """
     _check("route", choice_NK, num_paths, capacity, priority_N, group_size, multiple)
-    return torch.ops.brt.route(choice_NK, num_paths, capacity, priority_N, group_size, multiple)  # type: ignore[no-any-return]
+    return torch.ops.brt.route(choice_NK, num_paths, capacity, priority_N, group_size, multiple)
 
 
 def route_mask(
@@ -51,7 +52,7 @@ def route_mask(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`route` for a mask ``[N, P]`` (bool, or integers 0 and 1); K = P."""
     _check("route_mask", mask_NP, mask_NP.shape[-1], capacity, priority_N, group_size, multiple)
-    return torch.ops.brt.route_mask(mask_NP, capacity, priority_N, group_size, multiple)  # type: ignore[no-any-return]
+    return torch.ops.brt.route_mask(mask_NP, capacity, priority_N, group_size, multiple)
 
 
 def _check(
@@ -63,6 +64,7 @@ def _check(
     group_size: int,
     multiple: int,
 ) -> None:
+    check_devices(what, choice_NK, priority_N)
     if choice_NK.ndim != 2:
         raise RouteError(f"{what}: expected [cells, choices], got {list(choice_NK.shape)}")
     if choice_NK.dtype.is_floating_point or choice_NK.dtype.is_complex:

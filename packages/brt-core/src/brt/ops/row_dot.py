@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from brt.ops.dispatch import check_rows, same_size
+from brt.errors import RouteError
+from brt.ops.dispatch import check_devices, check_rows, same_size
 from brt.ops.registry import Operator
 
 _ROW_DOT = Operator(
@@ -24,11 +25,19 @@ def row_dot(rows_RS: Tensor, cells_NS: Tensor, cell_R: Tensor, row_NK: Tensor) -
     float64 inputs give float64.
     """
     _check(rows_RS, cells_NS, cell_R, row_NK)
-    return torch.ops.brt.row_dot(rows_RS, cells_NS, cell_R, row_NK)  # type: ignore[no-any-return]
+    check_devices("row_dot", rows_RS, cells_NS, cell_R, row_NK)
+    return torch.ops.brt.row_dot(rows_RS, cells_NS, cell_R, row_NK)
 
 
 def _check(rows_RS: Tensor, cells_NS: Tensor, cell_R: Tensor, row_NK: Tensor) -> None:
     check_rows("row_dot", cell_R, row_NK, None)
+    if not (rows_RS.dtype.is_floating_point and cells_NS.dtype.is_floating_point):
+        raise RouteError(f"row_dot: takes floats, got {rows_RS.dtype} and {cells_NS.dtype}")
+    if rows_RS.shape[1:] != cells_NS.shape[1:]:
+        raise RouteError(
+            f"row_dot: rows and cells differ in shape: {list(rows_RS.shape[1:])} and "
+            f"{list(cells_NS.shape[1:])}"
+        )
     same_size("row_dot: rows given and rows of the route", rows_RS.shape[0], cell_R.shape[0])
     same_size("row_dot: cells given and cells of the route", cells_NS.shape[0], row_NK.shape[0])
 

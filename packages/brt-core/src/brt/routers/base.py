@@ -23,7 +23,7 @@ class Router(nn.Module):
         self._observers: OrderedDict[int, Observer] = OrderedDict()
 
     def register_observer(self, observer: Observer) -> RemovableHandle:
-        """Call ``observer(router, route, scores)`` after each decision, until the handle's remove().
+        """Call ``observer(router, route, scores)`` after each decision, until ``handle.remove()``.
 
         Observers see eager calls only: a compiled graph does not stop for them.
         """
@@ -39,4 +39,4 @@ class Router(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__() if hasattr(super(), "__getstate__") else self.__dict__
         # Observers belong to whoever registered them, not to copies of the module
-        return {**state, "_observers": OrderedDict()}  # type: ignore[dict-item]
+        return {**state, "_observers": OrderedDict()}

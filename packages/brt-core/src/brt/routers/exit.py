@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from brt.cells import Cells
 from brt.errors import RouteError
 from brt.protocols.base import Protocol
-from brt.protocols import BinaryThreshold
+from brt.protocols.threshold import BinaryThreshold
 from brt.routers.base import Router
 from brt.routers.gather import GatherRouter
 from brt.routers.scatter import ScatterRouter
@@ -90,5 +90,3 @@ class EarlyExit(Router):
 
 def _call(module: Callable[..., Any], x: Tensor | tuple[Tensor, ...]) -> Any:
     return module(x) if isinstance(x, Tensor) else module(*x)
-
-

@@ -81,7 +81,7 @@ class GatherRouter(Router):
                 f"GatherRouter(overflow={self.overflow!r}, add_residual={self.add_residual}): "
                 f"residual is {'needed' if residual is None else 'not used'}"
             )
-        cells, row_NK, cell_R, weight_R = self._resolve(where)
+        cells, row_NK, cell_R, weight_R = self._resolve(where, flows[0].device)
         residuals = residual if isinstance(residual, tuple) else (residual,) * len(flows)
         if len(residuals) != len(flows):
             raise RouteError(f"GatherRouter: {len(residuals)} residuals for {len(flows)} flows")
@@ -113,18 +113,19 @@ class GatherRouter(Router):
         return (result, cells) if self.result == "union" else result
 
     def _resolve(
-        self, where: Route | Sequence[Cells]
+        self, where: Route | Sequence[Cells], device: torch.device
     ) -> tuple[Cells, Tensor, Tensor, Tensor | None]:
         """(cells of the result, row_NK, cell_R, weight_R or None)."""
+        records = (where,) if isinstance(where, Route) else where
+        if self.weighted and any(r.weighted and r.weight_R is not None for r in records):
+            raise RouteError(
+                "GatherRouter: the scatter weighted these rows already (weighted=True); weight "
+                "them once: GatherRouter(weighted=False)"
+            )
         if isinstance(where, Route):
-            if where.weighted and self.weighted and where.weight_R is not None:
-                raise RouteError(
-                    "GatherRouter: the scatter weighted these rows already (weighted=True); weight "
-                    "them once: GatherRouter(weighted=False)"
-                )
             weight_R = where.weight_R if self.weighted else None
             return where.cells, where.row_NK, where.cell_R, weight_R
-        merged = merge_cells(where)
+        merged = merge_cells(where, device)
         weight_R = merged.weight_R if self.weighted else None
         return Cells(merged.root), merged.row_NL, merged.cell_R, weight_R
 
@@ -196,6 +197,8 @@ def _check_sizes(parts: Sequence[Tensor], where: Route | Sequence[Cells], flow: 
         sizes = where.with_sizes().sizes
         assert sizes is not None
     else:
-        sizes = tuple(c.root.num_cells if c.cell_R is None else c.cell_R.shape[0] for c in where)
+        sizes = tuple(cells.num_rows for cells in where)
     for p, (part, size) in enumerate(zip(parts, sizes, strict=True)):
-        ops.same_size(f"GatherRouter: rows of path {p} (flow {flow}) and its load", part.shape[0], size)
+        ops.same_size(
+            f"GatherRouter: rows of path {p} (flow {flow}) and its load", part.shape[0], size
+        )

@@ -33,7 +33,9 @@ class LoopRouter(Router):
 
     Eager calls compact: a finished cell takes no further part. Under ``torch.compile``,
     ``torch.export`` and CUDA graph capture all rows are carried with a mask of those still active
-    (``torch.while_loop``; unrolled under capture), with equal results and gradients.
+    (``torch.while_loop``; unrolled under capture), with equal results and gradients. There the
+    netlet is given finished cells too, as they were when they finished, and its results for them
+    are dropped: it must not fail on them (clamp a position that has reached the end of a buffer).
 
     Args:
         netlet: the body of the loop.
@@ -69,7 +71,9 @@ class LoopRouter(Router):
         leaves, spec = pytree.tree_flatten(state)
         for i, leaf in enumerate(leaves):
             if not isinstance(leaf, Tensor):
-                raise RouteError(f"LoopRouter: state leaf {i} is {type(leaf).__name__}, not a tensor")
+                raise RouteError(
+                    f"LoopRouter: state leaf {i} is {type(leaf).__name__}, not a tensor"
+                )
             ops.same_size(f"LoopRouter: rows of state leaf {i} and of x", leaf.shape[0], x.shape[0])
         if torch.compiler.is_compiling():
             rows = self._carried((x, *leaves), spec)
@@ -95,19 +99,18 @@ class LoopRouter(Router):
                 what = "x" if i == 0 else f"state leaf {i - 1}"
                 raise RouteError(
                     f"LoopRouter: the netlet changed {what} from {a.dtype}{list(a.shape)} to "
-                    f"{b.dtype}{list(b.shape)}; rows must keep their shape: allocate buffers of the "
-                    "final size and keep the position in the state"
+                    f"{b.dtype}{list(b.shape)}; rows must keep their shape: allocate buffers of "
+                    "the final size and keep the position in the state"
                 )
         return new, scores
 
-    def _compacted(
-        self, rows: tuple[Tensor, ...], spec: pytree.TreeSpec
-    ) -> tuple[Tensor, ...]:
+    def _compacted(self, rows: tuple[Tensor, ...], spec: pytree.TreeSpec) -> tuple[Tensor, ...]:
         cells = Cells.of(rows[0].shape[0])
         done: list[tuple[Tensor, ...]] = []
         where: list[Cells] = []
-        for _ in range(self.max_steps):
-            if rows[0].shape[0] == 0:
+        for step in range(self.max_steps):
+            # The netlet runs at least once, so that its gradients are zeros for no cells, not None
+            if step and rows[0].shape[0] == 0:
                 break
             rows, scores = self._step(rows, spec)
             route = make_route(self.protocol(scores, 2), rows[0].shape[0], cells).with_sizes()
@@ -126,7 +129,7 @@ class LoopRouter(Router):
         index = cells.index_R(rows[0].device)
         done.append(rows)
         where.append(Cells(cells.root, index))
-        return self.gather(done, where)  # type: ignore[no-any-return]
+        return self.gather(done, where)
 
     def _masked_step(
         self, active_N: Tensor, rows: tuple[Tensor, ...], spec: pytree.TreeSpec
@@ -140,9 +143,7 @@ class LoopRouter(Router):
         )
         return active_N & ~decision.mask_NP[:, _FINISHED], kept
 
-    def _carried(
-        self, rows: tuple[Tensor, ...], spec: pytree.TreeSpec
-    ) -> tuple[Tensor, ...]:
+    def _carried(self, rows: tuple[Tensor, ...], spec: pytree.TreeSpec) -> tuple[Tensor, ...]:
         def goes_on(step: Tensor, active_N: Tensor, *rows: Tensor) -> Tensor:
             return (step < self.max_steps) & active_N.any()
 
@@ -152,16 +153,28 @@ class LoopRouter(Router):
 
         step = torch.zeros((), dtype=torch.int64, device=rows[0].device)
         active_N = torch.ones(rows[0].shape[0], dtype=torch.bool, device=rows[0].device)
-        _, active_N, *out = torch.while_loop(goes_on, body, (step, active_N, *rows))
+        start = (step, active_N, *self._differentiable(rows))
+        _, active_N, *out = torch.while_loop(goes_on, body, start)
         if self.on_limit == "error":
             torch._assert_async(
                 ~active_N.any(), f"LoopRouter: cells not finished after max_steps={self.max_steps}"
             )
         return tuple(out)
 
-    def _unrolled(
-        self, rows: tuple[Tensor, ...], spec: pytree.TreeSpec
-    ) -> tuple[Tensor, ...]:
+    def _differentiable(self, rows: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The rows, all floats among them requiring gradients where anything does.
+
+        torch.while_loop (2.9 to 2.13) takes what requires none at its start for a constant, and the
+        gradients that pass through it are then silently wrong.
+        """
+        sources = (t for t in (*rows, *self.netlet.parameters()) if t.requires_grad)
+        source = next(sources, None) if torch.is_grad_enabled() else None
+        if source is None:
+            return rows
+        nothing = source.reshape(-1)[:0].sum()
+        return tuple(r + nothing.to(r.dtype) if r.is_floating_point() else r for r in rows)
+
+    def _unrolled(self, rows: tuple[Tensor, ...], spec: pytree.TreeSpec) -> tuple[Tensor, ...]:
         active_N = torch.ones(rows[0].shape[0], dtype=torch.bool, device=rows[0].device)
         for _ in range(self.max_steps):
             active_N, rows = self._masked_step(active_N, rows, spec)

@@ -12,13 +12,11 @@ import torch
 from torch import Tensor
 
 from brt import ops
-from brt._inductor import allow_unbacked_convolutions
 from brt.cells import Cells
 from brt.errors import RouteError
 from brt.protocols.base import Protocol
 from brt.route import Route, make_route
 from brt.routers.base import Router
-
 
 
 class ScatterRouter(Router):
@@ -75,6 +73,11 @@ class ScatterRouter(Router):
         num_cells = self._check(flows, scores)
         route = make_route(self.protocol(scores, self.num_paths), num_cells, cells)
         if self.inherit_weights and cells is not None and cells.weight_R is not None:
+            if cells.weighted:
+                raise RouteError(
+                    "ScatterRouter(inherit_weights=True): these rows were multiplied by their "
+                    "weights already, by the scatter before (weighted=True)"
+                )
             route = _inherit(route, cells.weight_R)
         if self.weighted:
             route = replace(route, weighted=True)
@@ -91,8 +94,6 @@ class ScatterRouter(Router):
 
     def _move(self, index: int, flow: Tensor, route: Route) -> Tensor:
         """One flow's rows, packed."""
-        if flow.ndim >= 4:
-            allow_unbacked_convolutions()
         weight_R = route.weight_R if route.weighted else None
         if weight_R is not None and not flow.is_floating_point():
             raise RouteError(f"ScatterRouter(weighted=True): flow {index} is {flow.dtype}")
@@ -119,7 +120,9 @@ class ScatterRouter(Router):
             )
         num_cells = flows[0].shape[0]
         for i, flow in enumerate(flows):
-            ops.same_size(f"ScatterRouter: cells of flow {i} and of flow 0", flow.shape[0], num_cells)
+            ops.same_size(
+                f"ScatterRouter: cells of flow {i} and of flow 0", flow.shape[0], num_cells
+            )
             if flow.device != scores.device:
                 raise RouteError(
                     f"ScatterRouter: flow {i} is on {flow.device}, the scores on {scores.device}"
@@ -147,4 +150,3 @@ def _inherit(route: Route, weight_N: Tensor) -> Route:
     inherited_R = ops.dispatch(weight_N, route.cell_R, route.row_NK)
     weight_R = inherited_R if route.weight_R is None else route.weight_R * inherited_R
     return replace(route, weight_R=weight_R)
-
