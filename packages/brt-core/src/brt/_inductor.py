@@ -13,7 +13,7 @@ def allow_unbacked_convolutions() -> None:
 
     Its layout optimisation asks for channels-last inputs, but predicts the strides of the output
     with the batch unknown, gets contiguous ones, and the generated code then fails its own
-    assertion (seen in torch 2.11 to 2.13 on CPU; CUDA already skips dynamic shapes). Only graphs
+    assertion (seen in torch 2.13 on CPU; CUDA already skips dynamic shapes). Only graphs
     with such a convolution are affected: for those the optimisation is turned off.
 
     Called where a graph with such sizes is traced, and does nothing outside a compiler.

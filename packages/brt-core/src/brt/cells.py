@@ -18,10 +18,13 @@ from brt.errors import RouteError
 _root_keys = itertools.count()
 
 
-@torch.compiler.assume_constant_result
 def _next_root_key() -> int:
     # A compiled graph keeps the key of its tracing: roots are told apart within one call.
     return next(_root_keys)
+
+
+# All that torch.compiler.assume_constant_result does, without its import of the whole compiler
+_next_root_key._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
