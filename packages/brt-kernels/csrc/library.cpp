@@ -17,6 +17,12 @@ STABLE_TORCH_LIBRARY(brt_kernels, m) {
   m.def("row_dot(Tensor rows_RS, Tensor cells_NS, Tensor cell_R, Tensor row_NK) -> Tensor");
   m.def("compact(Tensor keep_N) -> (Tensor index_N, Tensor count_1)");
   m.def(
+      "grouped_linear(Tensor x_RI, Tensor offsets_P1, Tensor weight_POI, Tensor? bias_PO=None, "
+      "str activation=\"none\") -> Tensor");
+  m.def(
+      "expert_mlp(Tensor x_ND, Tensor cell_R, Tensor row_NK, Tensor offsets_P1, Tensor? weight_R, Tensor up_PHD, "
+      "Tensor? up_bias_PH, Tensor down_PDH, Tensor? down_bias_PD, str activation) -> Tensor");
+  m.def(
       "conv_chain(Tensor x_RCHW, Tensor offsets_P1, Tensor[] params, SymInt[] steps, SymInt[] step_offsets_P1, "
       "float[] scales, Tensor? packed=None) -> Tensor");
   m.def(

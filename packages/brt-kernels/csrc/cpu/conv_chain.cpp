@@ -2,8 +2,7 @@
 // one cell through all its steps, so images stay in its cache.
 #include "../conv_chain.h"
 
-#include "isa.h"
-#include "movement.h"
+#include "grouped.h"
 #include "simd/conv_chain.h"
 
 #include <algorithm>
@@ -130,17 +129,6 @@ std::vector<std::vector<std::vector<float>>> spread_slopes(const Chain& chain, c
   return slopes;
 }
 
-std::vector<int64_t> checked_offsets(const Tensor& offsets, int64_t num_rows) {
-  const Tensor offsets_P1 = as_int64(offsets);
-  const int64_t* from = offsets_P1.const_data_ptr<int64_t>();
-  std::vector<int64_t> values(from, from + offsets_P1.numel());
-  for (size_t p = 0; p < values.size(); ++p) {
-    BRT_CHECK(values[p] >= (p ? values[p - 1] : 0) && values[p] <= num_rows, "offsets_P1 must rise from 0 to at most ",
-              num_rows, ", got ", values[p], " at position ", p);
-  }
-  return values;
-}
-
 }  // namespace
 
 Tensor conv_chain_pack_cpu(const Tensor& x, const Tensor& offsets, std::vector<Tensor> params,
@@ -157,7 +145,7 @@ Tensor conv_chain_cpu(const Tensor& x, const Tensor& offsets, std::vector<Tensor
   // 1. Shapes and values
   const Chain chain = checked_chain(x, offsets, params, steps, step_offsets, scales);
   const int64_t num_rows = x.size(0);
-  const std::vector<int64_t> begins = checked_offsets(offsets, num_rows);
+  const std::vector<int64_t> begins = rising_offsets(offsets, num_rows);
   const Kernels& k = kernels();
   const Layout layout = layout_of(chain, k);
   const Image& out = chain.out;

@@ -8,8 +8,10 @@
 namespace brt {
 
 enum class Real : int { kFloat32, kFloat16, kBFloat16 };
-struct ConvStep;  // see conv_chain.h
 enum class Activation : int { kNone, kRelu, kGelu, kGeluTanh, kSilu, kSwiglu };
+
+struct ConvStep;   // see conv_chain.h
+struct GroupTask;  // see grouped_linear.h
 
 struct Kernels {
   const char* name;
@@ -28,6 +30,10 @@ struct Kernels {
                          int64_t numel, Real type);
   float (*dot_row)(const void* a, const void* b, int64_t numel, Real type);
   void (*fence)();  // after the last streaming store of a thread
+
+  // grouped_linear.cpp
+  int64_t (*group_scratch_bytes)(const GroupTask& task);
+  void (*group_task)(const GroupTask& task, void* scratch);
 
   // conv_chain.cpp
   int64_t (*conv_packed_numel)(int64_t out_channels, int64_t in_channels, int64_t kernel);

@@ -1,5 +1,6 @@
 // The table of this instruction set.
 #include "conv_chain.h"
+#include "grouped_linear.h"
 #include "rows.h"
 
 #define BRT_TEXT_(x) #x
@@ -17,6 +18,8 @@ const Kernels* kernels() {
       .sum_float_rows = sum_float_rows,
       .dot_row = dot_row,
       .fence = fence,
+      .group_scratch_bytes = group_scratch_bytes,
+      .group_task = group_task,
       .conv_packed_numel = conv_packed_numel,
       .conv_pack = conv_pack,
       .plane_numel = plane_numel,

@@ -4,9 +4,20 @@ from __future__ import annotations
 
 import functools
 
-from brt_kernels.ops import combine, compact, conv_chain, dispatch, route, row_dot
+from brt_kernels.ops import (
+    combine,
+    compact,
+    conv_chain,
+    dispatch,
+    expert_mlp,
+    grouped_linear,
+    route,
+    row_dot,
+)
 
-_FILES = (combine, compact, conv_chain, dispatch, route, row_dot)
+_FILES = (
+    combine, compact, conv_chain, dispatch, expert_mlp, grouped_linear, route, row_dot,
+)  # fmt: skip
 
 
 @functools.cache
