@@ -26,10 +26,22 @@ def test_a_check_that_fails_raises_at_the_call_on_the_cpu() -> None:
         checks.check_values(FALSE, "scores hold NaN")
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_nan_is_found_among_infinities(dtype: torch.dtype) -> None:
+    values = torch.tensor([[torch.inf, 0.0], [-torch.inf, 1.0]], dtype=dtype, requires_grad=True)
+    checks.check_not_nan(values, "scores hold NaN")
+    checks.check_not_nan(values[:0], "scores hold NaN")
+    with pytest.raises(ProtocolError, match=r"^scores hold NaN: here$"):
+        checks.check_not_nan(
+            values / values, "scores hold NaN", detail=lambda: "here", error=ProtocolError
+        )
+
+
 def test_off_checks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "_MODE", "off")
     assert not checks.wanted(FALSE)
     checks.check_values(FALSE, "scores hold NaN")
+    checks.check_not_nan(torch.tensor(torch.nan), "scores hold NaN")
 
 
 def test_an_unknown_mode_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,33 +93,63 @@ def test_cuda_raises_at_the_call_where_asked(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("warm", [False, True], ids=["flags-made-in-capture", "flags-made-before"])
-def test_a_captured_check_fires_on_replay(warm: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "_flags_of", {})
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_cuda_finds_nan_too(dtype: torch.dtype) -> None:
+    values = torch.tensor([torch.inf, -torch.inf], dtype=dtype, device="cuda")
+    checks.check_not_nan(values, "scores hold NaN")
+    checks.check()
+    checks.check_not_nan(values / values, "scores hold NaN", error=ProtocolError)
+    checks.check_not_nan(values, "scores hold NaN", error=ProtocolError)
+    with pytest.raises(ProtocolError, match="scores hold NaN"):
+        checks.check("cuda:0")
+    checks.check()
+
+
+@pytest.mark.cuda
+def test_a_captured_check_fires_on_replay() -> None:
     x = torch.ones(4, device="cuda")
-    if warm:
-        checks.check_values((x > 0).all(), "x must be positive")
-    torch.cuda.synchronize()
+    checks.check_values((x > 0).all(), "made before the capture")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         checks.check_values((x > 0).all(), "x must be positive")
     graph.replay()
     checks.check()
-    x.neg_()
-    graph.replay()
-    x.neg_()
-    graph.replay()
-    with pytest.raises(BrtError, match="x must be positive"):
+    for sign in (-1, 1):
+        x.fill_(sign)
+        graph.replay()
+    with pytest.raises(BrtError, match=r"^x must be positive \(on cuda:0\)$"):
         checks.check()
     graph.replay()
     checks.check()
 
 
 @pytest.mark.cuda
-def test_more_messages_than_flags_still_raise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "_slot_of", {})
-    bad = FALSE.cuda()
-    for i in range(300):
-        checks.check_values(TRUE.cuda() if i < 299 else bad, f"message {i}")
-    with pytest.raises(BrtError, match=r"message 299 \(on"):
+def test_the_first_check_of_a_device_cannot_be_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "_flags_of", {})
+    ok = TRUE.cuda()
+    with (
+        pytest.raises(BrtError, match="run the region once before"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        checks.check_values(ok, "scores hold NaN")
+
+
+@pytest.mark.cuda
+def test_more_checks_than_flags_still_raise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "_flags_of", {})
+    monkeypatch.setattr(checks, "_NUM_FLAGS", 4)
+    for i in range(6):
+        checks.check_values((FALSE if i == 5 else TRUE).cuda(), f"message {i}")
+    with pytest.raises(BrtError, match=r"^message 3 .*; message 4 .*; message 5 \(on cuda:0\)$"):
+        checks.check()
+
+
+@pytest.mark.cuda
+def test_each_stream_has_flags_of_its_own() -> None:
+    bad, good = FALSE.cuda(), TRUE.cuda()
+    torch.cuda.synchronize()
+    for ok in (bad, good):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            checks.check_values(ok, "scores hold NaN")
+    with pytest.raises(BrtError, match=r"^scores hold NaN \(on cuda:0\)$"):
         checks.check()

@@ -161,8 +161,10 @@ def test_losses_are_float32() -> None:
 
 
 def test_losses_compile() -> None:
+    protocol = CapacityTopK(2, softmax="before")
+
     def losses(scores: Tensor) -> Tensor:
-        decision = CapacityTopK(2, softmax="before")(scores, 3)
+        decision = protocol(scores, 3)
         balance = load_balance(decision, scores.softmax(-1), first_choice_only=True)
         return balance + importance(decision) + router_z_loss(scores)
 

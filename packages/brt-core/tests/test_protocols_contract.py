@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import pickle
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from brt import checks
 from brt.decision import Decision
 from brt.errors import ProtocolError
 from brt.protocols import (
@@ -356,6 +358,50 @@ def test_exports_after_rows_of_unknown_number(case: Case) -> None:
         dataclasses.replace(case, scores=lambda _: scores[keep_N]),
         6,
     )
+
+
+# CUDA
+
+
+def on_cpu(decision: Decision) -> Decision:
+    moved: Decision = torch.utils._pytree.tree_map_only(Tensor, Tensor.cpu, decision)
+    return moved
+
+
+@pytest.mark.cuda
+@each_case
+def test_cuda_decides_alike_without_waiting_for_the_device(case: Case) -> None:
+    scores = case.scores(33)
+    static = scores.cuda()
+    eager = case.protocol(static, case.num_paths)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a prototype, torch says
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        Decides(case)(static)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured, masked, chosen = Decides(case)(static)
+    graph.replay()
+    for decision in (eager, captured, masked, chosen):
+        check_decided(case, on_cpu(decision), scores)
+    if not case.protocol.stochastic:
+        expected = case.protocol(scores, case.num_paths)
+        same(on_cpu(eager), expected)
+        same(on_cpu(captured), expected)
+    checks.check()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("case", FLOAT_CASES, ids=str)
+def test_nan_scores_on_cuda_are_an_error_at_the_next_check(case: Case) -> None:
+    scores = case.scores(6).cuda()
+    scores[4, ..., -1] = torch.nan
+    case.protocol(scores, case.num_paths)
+    with pytest.raises(ProtocolError, match=f"{case.protocol.name}: scores hold NaN"):
+        checks.check()
 
 
 # Properties

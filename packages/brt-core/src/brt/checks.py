@@ -7,8 +7,10 @@ on the CPU; on CUDA a failed check sets a flag in device memory, and the next `c
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,10 +21,22 @@ _MODE = os.environ.get("BRT_CHECK", "")
 if _MODE not in ("", "sync", "off"):
     raise BrtError(f"BRT_CHECK must be sync, off or unset, got {_MODE!r}")
 
-_NUM_SLOTS = 256
-# Slot 0 takes the writes of checks that passed, the last one is shared by messages beyond the rest.
-_slot_of: dict[tuple[type[BrtError], str], int] = {}
-_flags_of: dict[torch.device, Tensor] = {}
+_NUM_FLAGS = 1024
+
+
+@dataclass
+class _Flags:
+    """The flags of a device: NaN where a check failed since the last `check`.
+
+    A kernel that raises a flag reads it first, so each stream has its own: two at once would lose
+    one. Checks beyond the last flag share that one, and are then named together.
+    """
+
+    pool: Tensor
+    flag_of: dict[tuple[int, type[BrtError], str], Tensor] = field(default_factory=dict)
+
+
+_flags_of: dict[torch.device, _Flags] = {}
 
 
 def wanted(values: Tensor) -> bool:
@@ -44,13 +58,31 @@ def check_values(
 
     ``detail`` tells what only the values show (how many, where first); it is called where the error
     is raised at once. Keep ``message`` free of numbers that change from call to call: each distinct
-    one takes a slot among the device's flags for the life of the process.
+    one takes a flag for the life of the process.
     """
     if not wanted(ok):
         return
     if ok.is_cuda and _MODE != "sync":
-        _flag(ok, message, error)
+        _raise_flag(torch.where(ok, 0.0, math.nan), message, error)
     elif not ok:
+        raise error(message if detail is None else f"{message}: {detail()}")
+
+
+def check_not_nan(
+    values: Tensor,
+    message: str,
+    *,
+    detail: Callable[[], str] | None = None,
+    error: type[BrtError] = BrtError,
+) -> None:
+    """Raise ``error(message)`` if any of the floats is NaN, as `check_values` does; in one pass."""
+    if not wanted(values) or values.numel() == 0:
+        return
+    # The maximum is NaN if any value is. Infinities of both signs are none, unlike in a sum.
+    peak = values.detach().amax()
+    if peak.is_cuda and _MODE != "sync":
+        _raise_flag(peak, message, error)
+    elif peak.isnan():
         raise error(message if detail is None else f"{message}: {detail()}")
 
 
@@ -64,13 +96,14 @@ def check(device: torch.device | str | int | None = None) -> None:
         # A captured graph may be replaying on any stream, so the whole device is waited for.
         torch.cuda.synchronize(known)
         flags = _flags_of[known]
-        slots = set(flags.nonzero().flatten().tolist()) - {0}
-        flags.zero_()
-        failed += [
-            (error, f"{message} (on {known})")
-            for (error, message), slot in _slot_of.items()
-            if slot in slots
-        ]
+        if not flags.pool.isnan().any():
+            continue
+        for (_, error, message), flag in flags.flag_of.items():
+            named = (error, f"{message} (on {known})")
+            if flag.isnan() and named not in failed:
+                failed.append(named)
+        flags.pool.zero_()
+        torch.cuda.synchronize(known)
     if failed:
         raise failed[0][0]("; ".join(message for _, message in failed))
 
@@ -82,22 +115,25 @@ def _known_devices(device: torch.device | str | int | None) -> list[torch.device
     return [known for known in _flags_of if asked in (known, torch.device(known.type))]
 
 
-def _flag(ok: Tensor, message: str, error: type[BrtError]) -> None:
-    """Set the flag of ``message`` where ``ok`` is false.
-
-    Every write is a constant, so streams that share the flags cannot undo each other's.
-    """
-    slot = _slot_of.setdefault((error, message), min(len(_slot_of) + 1, _NUM_SLOTS - 1))
-    flags = _flags_of.get(ok.device)
+def _raise_flag(value: Tensor, message: str, error: type[BrtError]) -> None:
+    """Make the flag of ``message`` NaN if ``value`` is; no value clears it."""
+    flags = _flags_of.get(value.device)
     if flags is None:
-        flags = _flags_of[ok.device] = _new_flags(ok.device)
-    flags.index_fill_(0, torch.where(ok, 0, slot).view(1), 1)
+        flags = _flags_of[value.device] = _Flags(_new_pool(value.device))
+    key = (torch.cuda.current_stream(value.device).cuda_stream, error, message)
+    flag = flags.flag_of.get(key)
+    if flag is None:
+        flag = flags.flag_of[key] = flags.pool[min(len(flags.flag_of), _NUM_FLAGS - 1)]
+    torch.maximum(flag, value, out=flag)
 
 
-def _new_flags(device: torch.device) -> Tensor:
-    """Return cleared flags, made outside any CUDA graph that is being captured."""
-    if not torch.cuda.is_current_stream_capturing():
-        return torch.zeros(_NUM_SLOTS, dtype=torch.uint8, device=device)
-    # Made by the capture they would lie in the graph's pool, and each replay would clear them.
-    with torch.cuda.stream(torch.cuda.Stream(device)):
-        return torch.zeros(_NUM_SLOTS, dtype=torch.uint8, device=device)
+def _new_pool(device: torch.device) -> Tensor:
+    if torch.cuda.is_current_stream_capturing():
+        # In the graph's memory, each replay would clear it; and no other can be had now.
+        raise BrtError(
+            "the first value check on a device cannot be captured in a CUDA graph; "
+            "run the region once before, or set BRT_CHECK=off"
+        )
+    pool = torch.zeros(_NUM_FLAGS, device=device)
+    torch.cuda.synchronize(device)
+    return pool

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from brt.decision import Decision
 from brt.errors import ProtocolError
-from brt.protocols.base import in_float32
+from brt.protocols.base import at_least, in_float32
 
 
 class Routed(Protocol):
@@ -48,8 +48,8 @@ def load_balance(
     _check_same(mask_NP, probs_GSP.flatten(0, 1))
     load_GP = mask_NP.view(num_groups, num_in_group, num_paths).sum(dim=1).to(probs_GSP.dtype)
     share_GP = load_GP / load_GP.sum(dim=1, keepdim=True).clamp_min(1)
-    mean_GP = probs_GSP.sum(dim=1) / torch.sym_max(num_in_group, 1)
-    return num_paths * (share_GP * mean_GP).sum() / torch.sym_max(num_groups, 1)
+    mean_GP = probs_GSP.sum(dim=1) / at_least(num_in_group, 1)
+    return num_paths * (share_GP * mean_GP).sum() / at_least(num_groups, 1)
 
 
 def importance(gates: Decision | Tensor) -> Tensor:
@@ -92,7 +92,7 @@ def router_z_loss(scores: Tensor) -> Tensor:
             f"got {scores.dtype} of shape {tuple(scores.shape)}"
         )
     log_sum_N = torch.logsumexp(in_float32(scores).flatten(0, -2), dim=-1)
-    return log_sum_N.square().sum() / torch.sym_max(log_sum_N.shape[0], 1)
+    return log_sum_N.square().sum() / at_least(log_sum_N.shape[0], 1)
 
 
 def _grouped(probs: Tensor, group_size: int | None) -> Tensor:

@@ -91,12 +91,8 @@ def check_floats(name: str, scores: Tensor) -> None:
             f"{name}: scores must be floats, got {scores.dtype}; "
             "ids are for the protocols label, task, hash and greedy-decoding"
         )
-    if not checks.wanted(scores) or scores.numel() == 0:
-        return
-    # The maximum is NaN if any score is: one pass, and -inf (a path ruled out) stays allowed.
-    peak = scores.detach().amax()
-    checks.check_values(
-        peak == peak,
+    checks.check_not_nan(
+        scores,
         f"{name}: scores hold NaN",
         detail=lambda: _where_nan(scores),
         error=ProtocolError,
@@ -171,6 +167,12 @@ def in_float32(scores: Tensor) -> Tensor:
 def softmax(scores: Tensor) -> Tensor:
     """Return the softmax over the last dim, in float32 or better."""
     return torch.softmax(in_float32(scores), dim=-1)
+
+
+def at_least(size: int, least: int) -> int:
+    """Return the larger of two sizes; puts no guard on a symbolic one."""
+    # torch.compile turns max into sym_max, and up to torch 2.11 takes no sym_max of plain ints
+    return max(size, least) if isinstance(size, int) else torch.sym_max(size, least)
 
 
 def uniform(like: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -20,6 +20,7 @@ from brt.decision import Decision
 from brt.errors import ProtocolError
 from brt.protocols.base import (
     Protocol,
+    at_least,
     check_at_least,
     check_generator,
     check_k,
@@ -109,7 +110,7 @@ class Switch(Protocol):
             return self.capacity
         numerator, denominator = self._ratio
         rows = ceil_div(numerator * num_in_group, denominator * num_paths)
-        return torch.sym_max(rows, self.min_capacity)
+        return at_least(rows, self.min_capacity)
 
     def max_rows(self, num_cells: int, num_paths: int, group_size: int | None = None) -> int:
         """Return N, or less where the capacity of all groups is less."""
@@ -202,7 +203,7 @@ class CapacityTopK(Protocol):
             return None
         numerator, denominator = self._ratio
         rows = self.k * (numerator * ceil_div(num_in_group, num_paths) // denominator)
-        rows = torch.sym_max(rows, self.min_capacity)
+        rows = at_least(rows, self.min_capacity)
         return ceil_div(rows, self.alignment) * self.alignment
 
     def max_rows(self, num_cells: int, num_paths: int, group_size: int | None = None) -> int:
@@ -239,7 +240,7 @@ def as_group(scores: Tensor) -> tuple[int, Tensor]:
 
 def group_size(scores: Tensor) -> int | None:
     """Return S of scores ``[G, S, P]``; None where all cells are one group."""
-    return torch.sym_max(scores.shape[1], 1) if scores.ndim == 3 else None
+    return at_least(scores.shape[1], 1) if scores.ndim == 3 else None
 
 
 def bound(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from brt.decision import Decision
 from brt.errors import ProtocolError
-from brt.protocols.base import Protocol, check_at_least, check_generator, check_k, uniform
+from brt.protocols.base import Protocol, at_least, check_at_least, check_generator, check_k, uniform
 from brt.protocols.capacity import ceil_div
 
 
@@ -88,7 +88,7 @@ class Uniform(_Synthetic):
     def decide(self, scores: Tensor, num_paths: int) -> Decision:
         """Decide with ``choice_NK``, K = 1."""
         num_cells = scores.shape[0]
-        block = torch.sym_max(ceil_div(num_cells, num_paths), 1)
+        block = at_least(ceil_div(num_cells, num_paths), 1)
         cell_N = torch.arange(num_cells, device=scores.device)
         return Decision(num_paths, choice_NK=(cell_N // block).unsqueeze(1))
 
