@@ -1,5 +1,27 @@
 """Passes: rewrites of traced graphs, driven by a profile and kept right by guards."""
 
-from brt.passes.base import Left, Record
+from brt.passes.base import Call, Context, Left, Lowering, Pass, Record
+from brt.passes.drop_dead_paths import DropDeadPaths
+from brt.passes.fold_permanent_paths import FoldPermanentPaths
+from brt.passes.match import Scatter, scatters
 
-__all__ = ["Left", "Record"]
+BUILTIN: tuple[type[Pass], ...] = (DropDeadPaths, FoldPermanentPaths)
+"""What brt-core offers through the hook `brt_passes`."""
+
+DEFAULT: tuple[str, ...] = ("drop-dead-paths", "fold-permanent-paths")
+"""What `brt.optimize` runs where no passes are named."""
+
+__all__ = [
+    "BUILTIN",
+    "DEFAULT",
+    "Call",
+    "Context",
+    "DropDeadPaths",
+    "FoldPermanentPaths",
+    "Left",
+    "Lowering",
+    "Pass",
+    "Record",
+    "Scatter",
+    "scatters",
+]

@@ -2,8 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import inspect
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import fx, nn
+
+from brt.errors import PassError
+from brt.guard import Guard
+
+if TYPE_CHECKING:
+    from brt.passes.match import Scatter
+    from brt.profile import Profile, RouterProfile
+
+Lowering = Literal["spill", "conditional", "check"]
+
+_TOLERANCE = {
+    torch.float64: (1e-7, 1e-7),
+    torch.float32: (1.3e-6, 1e-5),
+    torch.float16: (1e-3, 1e-5),
+    torch.bfloat16: (1.6e-2, 1e-5),
+}
+_EXACT = (0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -63,3 +85,106 @@ class Record:
             "refused": self.refused,
             "max_error": self.max_error,
         }
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of a region on the sample, with what the original answered."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+
+
+@dataclass(eq=False)
+class Context:
+    """What a pass knows besides the graph, and where it says what it decided.
+
+    Attributes:
+        pass_name: of the pass that runs.
+        region: module path of the region in the model; "" is the model itself.
+        scope: the region's own module: names of parameters and modules in the graph are its.
+        profile: of the region: keys start at it, and each of its calls is a forward; None where
+            there is no profile, or it knows no router of the region.
+        sample: the region's calls while the model ran on the sample; empty without one.
+    """
+
+    pass_name: str
+    region: str
+    scope: nn.Module
+    profile: Profile | None = None
+    sample: tuple[Call, ...] = ()
+    notes: list[str] = field(default_factory=list)
+    left: list[Left] = field(default_factory=list)
+
+    def note(self, text: str) -> None:
+        """Record a decision and its reason."""
+        self.notes.append(text)
+
+    def leave(self, what: str, why: str) -> None:
+        """Record what is left alone."""
+        self.left.append(Left(what, why))
+
+    def seen(self, scatter: Scatter) -> RouterProfile | None:
+        """What the profile knows of a scatter; None where it never ran."""
+        if self.profile is None:
+            return None
+        return self.profile.routers.get(f"{scatter.target}#{scatter.call}")
+
+    def path(self, target: str) -> str:
+        """The path in the model of a name in this region."""
+        return f"{self.region}.{target}" if self.region and target else self.region or target
+
+    def guard(self, where: str, assumes: str) -> Guard:
+        """A guard of this pass; ``where`` is what it is about, in the region: ``scatter[3]``."""
+        return Guard(f"{self.pass_name}:{self.path(where)}", assumes)
+
+    def insert(self, graph: fx.GraphModule, module: nn.Module, name: str) -> str:
+        """Register a module of the pass's own under a name that is free; returns that name.
+
+        It must hold neither parameters nor persistent buffers: the state dict stays as it was.
+        """
+        if next(module.parameters(), None) is not None or module.state_dict():
+            raise PassError(
+                f"pass {self.pass_name!r} inserts a {type(module).__name__} with weights of its "
+                "own; hold the model's by name (brt.guard.Guarded), or in non-persistent buffers"
+            )
+        at = 0
+        while hasattr(graph, f"{name}_{at}") or hasattr(self.scope, f"{name}_{at}"):
+            at += 1
+        module.train(self.scope.training)
+        graph.add_submodule(f"{name}_{at}", module)
+        return f"{name}_{at}"
+
+
+class Pass(ABC):
+    """A rewrite of a graph. Subclasses are frozen dataclasses: their fields are their options.
+
+    A pass names its lowerings: how it guards what it takes from the profile. "spill": rows outside
+    the assumption go to the generic code, without work where there are none; "conditional": a
+    conditional node of a CUDA graph; "check": one deferred check at the region's end. A rewrite
+    that holds for any input by itself names none.
+    """
+
+    name: ClassVar[str]
+    """Kebab-case and unique; third parties start theirs with their own name."""
+    after: ClassVar[tuple[str, ...]] = ()
+    """Passes that run first, where they run at all."""
+    lowering: ClassVar[tuple[Lowering, ...]] = ()
+    needs_profile: ClassVar[bool] = False
+
+    def requires(self, graph: fx.GraphModule, ctx: Context) -> None:  # noqa: B027 - may be left out
+        """Raise `PassError`, saying what to do, if this pass cannot take this graph."""
+
+    @abstractmethod
+    def run(self, graph: fx.GraphModule, ctx: Context) -> bool:
+        """Rewrite ``graph`` in place; return whether anything changed."""
+
+    def tolerance(self, dtype: torch.dtype) -> tuple[float, float]:
+        """(relative, absolute) difference that a result may have: that of `torch.testing`."""
+        return _TOLERANCE.get(dtype, _EXACT)
+
+    @property
+    def summary(self) -> str:
+        """The first line of the docstring."""
+        return inspect.cleandoc(type(self).__doc__ or "").partition("\n")[0]

@@ -70,6 +70,10 @@ class ScatterRouter(Router):
     ) -> tuple[Any, Route]:
         """Rows and scores -> (paths, route)."""
         flows = (x,) if isinstance(x, Tensor) else tuple(x)
+        return self._carry_out(x, scores, self._decide(flows, scores, cells))
+
+    def _decide(self, flows: tuple[Tensor, ...], scores: Tensor, cells: Cells | None) -> Route:
+        """The route of these flows, not yet observed."""
         num_cells = self._check(flows, scores)
         route = make_route(self.protocol(scores, self.num_paths), num_cells, cells)
         if self.inherit_weights and cells is not None and cells.weight_R is not None:
@@ -81,6 +85,13 @@ class ScatterRouter(Router):
             route = _inherit(route, cells.weight_R)
         if self.weighted:
             route = replace(route, weighted=True)
+        return route
+
+    def _carry_out(
+        self, x: Tensor | tuple[Tensor, ...], scores: Tensor, route: Route
+    ) -> tuple[Any, Route]:
+        """Move the rows: (paths, route)."""
+        flows = (x,) if isinstance(x, Tensor) else tuple(x)
         if self.result == "packed":
             rows = tuple(self._move(i, flow, route) for i, flow in enumerate(flows))
             self._observe(route, scores)

@@ -1,0 +1,198 @@
+"""Running passes: their order, what each must leave as it was, and a record of each."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from torch import fx, nn
+
+from brt import plugins
+from brt.errors import PassError, PluginWarning
+from brt.guard import Guarded, compiled
+from brt.passes.base import Call, Context, Pass, Record
+from brt.passes.match import writes
+from brt.passes.verify import Moved, Tolerance, cloned, largest_error, without_traces
+
+if TYPE_CHECKING:
+    from brt.profile import Profile
+
+
+@dataclass(eq=False)
+class Work:
+    """One region while passes run on it.
+
+    Attributes:
+        path: of its module in the model.
+        scope: its module; graph targets are names in it.
+        graph: what passes rewrite; it shares the scope's parameters and modules.
+        calls: of the region on the sample.
+        profile: of the region.
+        records: of the passes so far.
+        changed: whether any of them changed the graph.
+    """
+
+    path: str
+    scope: nn.Module
+    graph: fx.GraphModule
+    calls: tuple[Call, ...] = ()
+    profile: Profile | None = None
+    records: list[Record] = field(default_factory=list)
+    changed: bool = False
+
+    @property
+    def name(self) -> str:
+        """The region, as a sentence names it."""
+        return f"region {self.path!r}" if self.path else "the model"
+
+    def check(self, tolerance: Tolerance) -> float | None:
+        """Run the graph on the sample's calls; raises `Moved` where it answers otherwise."""
+        if not self.calls:
+            return None
+        run, errors = compiled(self.graph.graph), []
+        with without_traces(self.scope):
+            for call in self.calls:
+                found = run(self.scope, *cloned(call.args), **cloned(call.kwargs))
+                errors.append(largest_error(found, call.output, tolerance))
+        return max(errors)
+
+
+def resolve(passes: Iterable[str | Pass]) -> tuple[Pass, ...]:
+    """Passes by name or as they are, in the order in which they are to run."""
+    if isinstance(passes, (str, Pass)):
+        raise PassError(f"passes= takes a list of names or passes, got {passes!r}; put it in [ ]")
+    made: list[Pass] = []
+    for item in passes:
+        one = plugins.get("passes", item).factory() if isinstance(item, str) else item
+        if isinstance(one, type) and issubclass(one, Pass):
+            raise PassError(f"passes= takes names or passes; make one: {one.__name__}()")
+        if not isinstance(one, Pass):
+            raise PassError(f"passes= takes names or brt.passes.Pass instances, got {item!r}")
+        made.append(one)
+    names = [p.name for p in made]
+    for name in names:
+        if names.count(name) > 1:
+            raise PassError(f"passes= lists {name!r} {names.count(name)} times; name each once")
+    return order(made)
+
+
+def order(passes: Sequence[Pass]) -> tuple[Pass, ...]:
+    """The order given, bent only by what passes declare in `after`; a cycle is an error."""
+    waiting, ordered = list(passes), []
+    while waiting:
+        names = {p.name for p in waiting}
+        ready = next((p for p in waiting if not names.intersection(p.after)), None)
+        if ready is None:
+            raise PassError(
+                f"passes wait for each other: {' after '.join(_cycle(waiting))}; leave one of "
+                "them out, or change its `after`"
+            )
+        waiting.remove(ready)
+        ordered.append(ready)
+    return tuple(ordered)
+
+
+def _cycle(waiting: Sequence[Pass]) -> list[str]:
+    by_name = {p.name: p for p in waiting}
+    walk = [waiting[0].name]
+    while True:
+        following = next(name for name in by_name[walk[-1]].after if name in by_name)
+        if following in walk:
+            return [*walk[walk.index(following) :], following]
+        walk.append(following)
+
+
+def run_passes(
+    passes: Sequence[Pass], works: Sequence[Work], *, verify: bool, warn_refusals: bool
+) -> None:
+    """Run every pass on every region, in order; records go to the regions.
+
+    A pass that refuses every region is warned about where the user named it.
+    """
+    for one in passes:
+        for work in works:
+            record = _run(one, work, verify=verify)
+            work.records.append(record)
+            work.changed |= record.changed
+            plugins.pass_ran(record, work.graph)
+        refusals = [w.records[-1].refused for w in works]
+        if warn_refusals and refusals and all(reason is not None for reason in refusals):
+            reasons = "; ".join(dict.fromkeys(reason for reason in refusals if reason))
+            warnings.warn(
+                f"pass {one.name!r} refused every region: {reasons}", PluginWarning, stacklevel=4
+            )
+
+
+def _run(one: Pass, work: Work, *, verify: bool) -> Record:
+    graph = work.graph
+    ctx = Context(one.name, work.path, work.scope, work.profile, work.calls)
+    before, num_before = _names(work.scope), len(graph.graph.nodes)
+    start = time.perf_counter()
+    refused, changed = None, False
+    try:
+        one.requires(graph, ctx)
+    except PassError as error:
+        refused = str(error)
+    except Exception as error:
+        raise PassError(f"{_failed(one, work)}: {type(error).__name__}: {error}") from error
+    if refused is None:
+        try:
+            changed = bool(one.run(graph, ctx))
+            _clean(work)
+        except Exception as error:
+            raise PassError(f"{_failed(one, work)}: {type(error).__name__}: {error}") from error
+    after = _names(work.scope)
+    if before != after:
+        lost, new = sorted(before - after), sorted(after - before)
+        raise PassError(
+            f"pass {one.name!r} changed the names of {work.name}'s state: lost {lost}, new {new}; "
+            "a pass must leave parameters and buffers where they are"
+        )
+    record = Record(
+        one.name,
+        work.path,
+        time.perf_counter() - start,
+        num_before,
+        len(graph.graph.nodes),
+        changed,
+        tuple(ctx.notes),
+        tuple(ctx.left),
+        refused,
+    )
+    return replace(record, max_error=_checked(one, work)) if verify and changed else record
+
+
+def _checked(one: Pass, work: Work) -> float | None:
+    try:
+        return work.check(one.tolerance)
+    except Moved as error:
+        raise PassError(f"pass {one.name!r} changed the result of {work.name}: {error}") from error
+    except Exception as error:
+        raise PassError(
+            f"after pass {one.name!r} {work.name} no longer runs on the sample: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _failed(one: Pass, work: Work) -> str:
+    done = [r.name for r in work.records if r.refused is None]
+    return f"pass {one.name!r} failed on {work.name}, after {done}"
+
+
+def _clean(work: Work) -> None:
+    """Drop nodes that nothing reads, and modules of passes that nothing calls; check the rest."""
+    graph = work.graph.graph
+    graph.eliminate_dead_code(lambda node: node.is_impure() or writes(node, work.scope))
+    called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    for name, module in list(work.scope._modules.items()):
+        if isinstance(module, Guarded) and name not in called:
+            del work.scope._modules[name]
+    graph.lint()
+    work.graph.recompile()
+
+
+def _names(scope: nn.Module) -> set[str]:
+    return set(scope.state_dict(keep_vars=True))

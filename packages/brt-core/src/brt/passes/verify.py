@@ -1,0 +1,142 @@
+"""Comparing what a rewritten graph answers with what the original answered."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from brt.cells import Root
+from brt.route import Route
+
+Tolerance = Callable[[torch.dtype], tuple[float, float]]
+
+
+class Moved(Exception):  # noqa: N818 - it reports a finding; callers say what it means
+    """A result differs from the original's."""
+
+
+def largest_error(found: Any, wanted: Any, tolerance: Tolerance, where: str = "output") -> float:
+    """The largest difference between two results; raises `Moved` where one is beyond tolerance.
+
+    Looks into tuples, lists, mappings and dataclasses. Keys of roots differ by nature, and host
+    sizes of a route are there or not; both are passed over.
+    """
+    if isinstance(wanted, Tensor) or isinstance(found, Tensor):
+        return _tensor_error(found, wanted, tolerance, where)
+    if isinstance(wanted, (tuple, list)):
+        if not isinstance(found, (tuple, list)) or len(found) != len(wanted):
+            raise Moved(f"{where} is {_describe(found)} instead of {_describe(wanted)}")
+        parts: Iterator[tuple[str, Any, Any]] = (
+            (f"{where}[{i}]", f, w) for i, (f, w) in enumerate(zip(found, wanted, strict=True))
+        )
+    elif isinstance(wanted, Mapping):
+        if not isinstance(found, Mapping) or list(found) != list(wanted):
+            raise Moved(f"{where} is {_describe(found)} instead of {_describe(wanted)}")
+        parts = ((f"{where}[{key!r}]", found[key], wanted[key]) for key in wanted)
+    elif dataclasses.is_dataclass(wanted) and not isinstance(wanted, type):
+        if type(found) is not type(wanted):
+            raise Moved(f"{where} is {_describe(found)} instead of {_describe(wanted)}")
+        parts = (
+            (f"{where}.{f.name}", getattr(found, f.name), getattr(wanted, f.name))
+            for f in dataclasses.fields(wanted)
+            if (type(wanted), f.name) not in ((Root, "key"), (Route, "sizes"))
+        )
+    else:
+        plain = wanted is None or isinstance(wanted, (bool, int, float, str))
+        if plain and found != wanted and not (found != found and wanted != wanted):
+            raise Moved(f"{where} is {found!r} instead of {wanted!r}")
+        return 0.0
+    return max((largest_error(f, w, tolerance, at) for at, f, w in parts), default=0.0)
+
+
+def _tensor_error(found: Any, wanted: Any, tolerance: Tolerance, where: str) -> float:
+    same_form = (
+        isinstance(found, Tensor)
+        and isinstance(wanted, Tensor)
+        and found.shape == wanted.shape
+        and found.dtype == wanted.dtype
+    )
+    if not same_form:
+        raise Moved(f"{where} is {_describe(found)} instead of {_describe(wanted)}")
+    if wanted.numel() == 0:
+        return 0.0
+    rtol, atol = tolerance(wanted.dtype)
+    a, b = found.detach(), wanted.detach().to(found.device)
+    wide = torch.float64 if a.is_floating_point() else a.dtype
+    if a.dtype in (torch.bool, torch.uint8) or a.is_complex():
+        error = float((a != b).any())
+    else:
+        difference = (a.to(wide) - b.to(wide)).abs()
+        difference = difference.masked_fill((a == b) | ((a != a) & (b != b)), 0)
+        error = float(difference.max())
+    if not torch.allclose(a, b, rtol=rtol, atol=atol, equal_nan=True):
+        raise Moved(
+            f"{where} ({str(wanted.dtype).removeprefix('torch.')}{list(wanted.shape)}) differs by "
+            f"up to {error:.3g}; allowed are {atol:g} + {rtol:g} of the value"
+        )
+    return error
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    if isinstance(value, (tuple, list)):
+        return f"{type(value).__name__} of {len(value)}"
+    return type(value).__name__
+
+
+def cloned(value: Any) -> Any:
+    """A value with its tensors copied, so that work in place on one leaves the other alone."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, (tuple, list)):
+        items = [cloned(item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, dict):
+        return {key: cloned(item) for key, item in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        tensors = {
+            f.name: cloned(getattr(value, f.name))
+            for f in dataclasses.fields(value)
+            if f.init and isinstance(getattr(value, f.name), Tensor)
+        }
+        return dataclasses.replace(value, **tensors) if tensors else value
+    return value
+
+
+@contextlib.contextmanager
+def without_traces(model: nn.Module, seed: int = 0) -> Iterator[None]:
+    """Run the model in the block so that nothing shows afterwards.
+
+    No gradients; random numbers from a fixed seed; buffers (the statistics of a batch norm in
+    training mode) and the states of generators get their values back.
+    """
+    buffers = [b for b in model.buffers() if not b.is_meta]
+    kept = [(b, b._version, b.detach().clone()) for b in buffers]
+    drawn = [(generator, generator.get_state()) for generator in generators(model)]
+    devices = sorted({t.device.index or 0 for t in (*model.parameters(), *buffers) if t.is_cuda})
+    with torch.no_grad(), torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            for buffer, version, value in kept:
+                if buffer._version != version:
+                    buffer.copy_(value)
+            for generator, state in drawn:
+                generator.set_state(state)
+
+
+def generators(model: nn.Module) -> list[torch.Generator]:
+    """The generators that the routers' protocols draw from."""
+    found = {}
+    for module in model.modules():
+        generator = getattr(getattr(module, "protocol", None), "generator", None)
+        if isinstance(generator, torch.Generator):
+            found[id(generator)] = generator
+    return list(found.values())
