@@ -4,6 +4,7 @@ from importlib.metadata import version
 
 from brt import losses, ops, protocols, reference
 from brt.adapt import Adapted, adapt
+from brt.cellflow import cellflow
 from brt.cells import Cells, Grid, PatchGrid, Root, annotate, annotate_patches
 from brt.checks import check
 from brt.decision import Decision
@@ -18,8 +19,12 @@ from brt.errors import (
     RouteError,
     TraceError,
 )
+from brt.graph import netlet, regions, trace
 from brt.grouped import each, grouped
 from brt.hookspecs import hookimpl
+from brt.optimize import optimize
+from brt.optimized import Optimized
+from brt.profile import Profile, profile
 from brt.route import Route
 from brt.routers import EarlyExit, GatherRouter, LoopRouter, Router, ScatterRouter
 from brt.specs import (
@@ -48,11 +53,13 @@ __all__ = [
     "KernelSpec",
     "LoopRouter",
     "ModelSpec",
+    "Optimized",
     "PassError",
     "PassSpec",
     "PatchGrid",
     "PluginError",
     "PluginWarning",
+    "Profile",
     "ProfileError",
     "ProtocolError",
     "ProtocolSpec",
@@ -69,12 +76,18 @@ __all__ = [
     "adapt",
     "annotate",
     "annotate_patches",
+    "cellflow",
     "check",
     "each",
     "grouped",
     "hookimpl",
-
+    "losses",
+    "netlet",
     "ops",
+    "optimize",
+    "profile",
     "protocols",
     "reference",
+    "regions",
+    "trace",
 ]

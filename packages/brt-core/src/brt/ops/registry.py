@@ -164,6 +164,8 @@ class Operator:
 
     def _with_defaults(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         # The schemas have none: the dispatcher would leave out arguments equal to their defaults
+        if len(args) == len(self.overload._schema.arguments):
+            return args
         from brt import ops
 
         bound = inspect.signature(getattr(ops, self.name)).bind(*args)
