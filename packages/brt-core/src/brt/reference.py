@@ -197,7 +197,9 @@ def row_dot(rows_RS: Tensor, cells_NS: Tensor, cell_R: Tensor, row_NK: Tensor) -
     if cells_NS.shape[0] == 0 or rows_RS.shape[0] == 0:
         return rows_RS.new_zeros(rows_RS.shape[0], dtype=wide)
     picked_RS = cells_NS.index_select(0, cell_R.clamp(min=0))
-    dot_R = (rows_RS.to(wide) * picked_RS.to(wide)).flatten(1).sum(1)
+    dot_R = rows_RS.to(wide) * picked_RS.to(wide)
+    if dot_R.ndim > 1:
+        dot_R = dot_R.flatten(1).sum(1)
     return dot_R.masked_fill_(cell_R < 0, 0)
 
 

@@ -136,7 +136,8 @@ def _backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
             # Apart from what the inputs were computed from, which may be one another
             again = inputs[i].view_as(inputs[i]) if twice else inputs[i].detach().requires_grad_()
             inputs[i] = again
-        out_ND = expert_mlp_parts(*inputs, activation=ctx.activation)
+        arguments = [*inputs, ctx.activation]
+        out_ND = expert_mlp_parts(*arguments)
         found = torch.autograd.grad(
             out_ND, [inputs[i] for i in wanted], grad_ND, create_graph=twice
         )

@@ -146,6 +146,9 @@ def _activation_backward(grad: Tensor, pre: Tensor, activation: str) -> Tensor:
     if activation == "relu":
         return aten.threshold_backward(grad, pre, 0)
     if activation == "silu":
+        if torch.is_grad_enabled():  # torch has no derivative of silu_backward
+            sigmoid = torch.sigmoid(pre)
+            return grad * sigmoid * (1 + pre * (1 - sigmoid))
         return aten.silu_backward(grad, pre)
     approximate = "tanh" if activation == "gelu_tanh" else "none"
     return aten.gelu_backward(grad, pre, approximate=approximate)
