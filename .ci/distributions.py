@@ -43,7 +43,7 @@ def missing_from_sdist(package: Package) -> list[str]:
 
 def try_install(session: nox.Session, commands: list[list[str]], *modules: str) -> None:
     """Run pip's commands in a new environment, then import what they brought, away from here."""
-    place = Path(session.create_tmp()) / "empty"
+    place = Path(session.create_tmp()).resolve() / "empty"
     shutil.rmtree(place, ignore_errors=True)
     session.run("python", "-m", "venv", str(place), silent=True)
     env = {

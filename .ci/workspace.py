@@ -124,12 +124,13 @@ def install(session: nox.Session, python: str, tools: Iterable[str], shorts: lis
     done.touch()
 
 
-def everything(session: nox.Session, *tools: str) -> str:
-    """The Python that has every package, and these tools."""
+def everything(session: nox.Session, *tools: str, compiled: bool = True) -> str:
+    """The Python that has every package (or all that need no compiler), and these tools."""
     python = EVERYTHING / "bin" / "python"
     if not python.exists():
         session.run(sys.executable, "-m", "venv", str(EVERYTHING), external=True, silent=True)
-    install(session, str(python), tools, list(PACKAGES))
+    shorts = [short for short, package in PACKAGES.items() if compiled or not package.compiled]
+    install(session, str(python), tools, shorts)
     return str(python)
 
 
