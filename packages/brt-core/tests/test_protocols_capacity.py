@@ -109,6 +109,12 @@ def test_capacity_is_the_loop(
     assert decision.group_size == (max(1, shape[1]) if len(shape) == 3 else None)
 
 
+@pytest.mark.parametrize(("factor", "rows"), [(0.29, 29), (1.1, 110), (1.005, 100), (1 / 3, 33)])
+def test_a_factor_means_its_decimal_digits(factor: float, rows: int) -> None:
+    # int(0.29 * 100) is 28
+    assert CapacityTopK(1, factor).rows_per_path(1600, 16) == rows
+
+
 def test_the_capacity_of_gshard() -> None:
     # GShard, top 2: 2 N / (G E) rows of each expert in each of G groups
     assert CapacityTopK(2)(torch.rand(4, 64, 16), 16).capacity == 2 * 64 // 16

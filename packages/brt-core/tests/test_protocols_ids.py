@@ -99,6 +99,7 @@ def test_greedy_decoding_parts_the_finished_from_the_others(
 IDS = torch.tensor([0, 4, 1, -1])
 BAD = {
     "label-out": (lambda: Label()(IDS, 4), r"label: ids must lie in range\(4\): 2 of 4 .* 4 of"),
+    "label-negative": (lambda: Label()(IDS[2:], 4), "1 of 2 do not, the first is -1 of cell 1"),
     "task-out": (lambda: Task(4)(IDS, 4), r"task: ids must lie in range\(4\)"),
     "hash-out": (lambda: Hash(4)(IDS, 4), r"hash: ids must lie in range\(4\)"),
     "label-float": (lambda: Label()(torch.rand(4), 4), r"int64 ids \[N\], .* got torch.float32"),

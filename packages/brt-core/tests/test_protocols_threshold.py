@@ -70,6 +70,11 @@ def test_residual_threshold_is_the_loop(
     assert decision.weight is None
 
 
+def test_a_sum_at_the_threshold_is_not_low() -> None:
+    scores_NC = torch.tensor([[0.25, 0.25], [0.25, 0.125]])
+    assert ResidualThreshold(0.5, residual_path=1)(scores_NC, 2).choice_NK.tolist() == [[0], [1]]
+
+
 def confident(row: list[float], confidence: Confidence, threshold: float) -> bool:
     if confidence == "score":
         return row[0] >= threshold
