@@ -184,6 +184,9 @@ class _Recipe:
                 return None
         return cls(spec, tuple(made))
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Recipe:
+        return self  # it never changes
+
     def make(self, inputs: tuple[Any, ...]) -> Any:
         """The result, in new tensors."""
         if self.spec is None:

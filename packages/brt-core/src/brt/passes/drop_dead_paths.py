@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from brt.errors import PassError
 from brt.guard import Guarded, Spill
@@ -16,13 +18,18 @@ from brt.passes.match import (
     argument,
     chains,
     draws_random,
-    keeps_apart,
     module_of,
     router_of,
     scatters,
     writes,
 )
+from brt.passes.verify import cloned, without_traces
 from brt.routers import GatherRouter, ScatterRouter
+
+_REDUCTIONS = (
+    "sum", "mean", "prod", "max", "min", "amax", "amin", "var", "std", "norm", "any", "all",
+    "logsumexp", "argmax", "argmin", "median",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,7 @@ class DropDeadPaths(Pass):
     def run(self, graph: fx.GraphModule, ctx: Context) -> bool:
         """Move the branches of dead paths into spills."""
         moved = 0
+        nothing = _without_rows(graph, ctx)
         # Branches of outer scatters take those inside along: look again after each
         seen: set[tuple[str, int, int]] = set()
         while True:
@@ -65,7 +73,7 @@ class DropDeadPaths(Pass):
                 return moved > 0
             scatter, path = dead[0]
             seen.add((scatter.target, scatter.call, path))
-            moved += _drop(graph, ctx, scatter, path)
+            moved += _drop(graph, ctx, scatter, path, nothing)
 
 
 def _dead(scatter: Scatter, ctx: Context) -> list[int]:
@@ -75,13 +83,43 @@ def _dead(scatter: Scatter, ctx: Context) -> list[int]:
     return [p for p in range(scatter.router.num_paths) if bool(profile.never_P[p])]
 
 
-def _drop(graph: fx.GraphModule, ctx: Context, scatter: Scatter, path: int) -> bool:
+def _without_rows(graph: fx.GraphModule, ctx: Context) -> dict[fx.Node, bool]:
+    """For each node that ran on the sample, whether its result had no elements."""
+    run = _Recorder(graph)
+    with without_traces(ctx.scope):
+        for call in ctx.sample[:1]:
+            bound = inspect.signature(graph.forward).bind(*call.args, **call.kwargs)
+            bound.apply_defaults()
+            run.run(*cloned(bound.args), *cloned(tuple(bound.kwargs.values())))
+    return run.nothing
+
+
+class _Recorder(fx.Interpreter):
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__(graph)
+        self.nothing: dict[fx.Node, bool] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        leaves = [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor)]
+        self.nothing[n] = all(t.numel() == 0 for t in leaves)
+        return value
+
+
+def _drop(
+    graph: fx.GraphModule,
+    ctx: Context,
+    scatter: Scatter,
+    path: int,
+    nothing: dict[fx.Node, bool],
+) -> bool:
     what = f"path {path} of {scatter.name}"
     start = scatter.path_P[path]
     if start is None:
         ctx.leave(what, "nothing reads its rows")
         return False
-    branch = _Branch(graph.graph, ctx.scope, scatter, path, start)
+    known = nothing if nothing.get(start) else {}
+    branch = _Branch(graph.graph, ctx.scope, scatter, path, start, known)
     if not any(_works(node, ctx.scope) for node in branch.inside):
         if not any(isinstance(module_of(n, ctx.scope), Guarded) for n in branch.inside):
             ctx.leave(what, "it does no work of its own")
@@ -113,11 +151,18 @@ class _Branch:
     """The nodes that work on the rows of one path, and on no others.
 
     A node is ``inside`` if what it takes comes from the path's rows or from before the scatter, and
-    it keeps cells apart. What reads the branch and is not inside is ``behind`` it.
+    without rows its result is empty, as far as the sample (``nothing``) or its name tells; what is
+    wrong about that costs time only. What reads the branch and is not inside is ``behind`` it.
     """
 
     def __init__(
-        self, graph: fx.Graph, scope: nn.Module, scatter: Scatter, path: int, start: fx.Node
+        self,
+        graph: fx.Graph,
+        scope: nn.Module,
+        scatter: Scatter,
+        path: int,
+        start: fx.Node,
+        nothing: dict[fx.Node, bool],
     ) -> None:
         self.scope = scope
         self.starts = {start}
@@ -126,13 +171,16 @@ class _Branch:
         self.inside: dict[fx.Node, None] = {}
         self.behind: dict[fx.Node, None] = {}
         self._place = {node: i for i, node in enumerate(graph.nodes)}
-        chain_of, apart = chains(graph, scope), keeps_apart(graph, scope)
+        self._nothing = nothing
+        chain_of = chains(graph, scope)
         for node in graph.nodes:
             taken = node.all_input_nodes
             if node in self.starts or not any(self._of_branch(n) for n in taken):
                 continue
-            own = (scatter.node, path) in chain_of[node] and self._own_router(node)
-            if own and apart(node) and not any(n in self.behind for n in taken):
+            own = (scatter.node, path) in chain_of[node] and not any(
+                n in self.behind for n in taken
+            )
+            if own and self._stays_empty(node):
                 self.inside[node] = None
             else:
                 self.behind[node] = None
@@ -140,12 +188,19 @@ class _Branch:
     def _of_branch(self, node: fx.Node) -> bool:
         return node in self.starts or node in self.inside or node in self.behind
 
-    def _own_router(self, node: fx.Node) -> bool:
-        """Whether a gather takes back what was scattered inside; true for all other nodes."""
-        if not isinstance(router_of(node, self.scope), GatherRouter):
+    def _stays_empty(self, node: fx.Node) -> bool:
+        """Whether a node gives nothing where the path has no rows."""
+        router = router_of(node, self.scope)
+        if isinstance(router, ScatterRouter) or _is_route(node, self.scope):
             return True
-        where = argument(node, 1, "where")
-        return isinstance(where, fx.Node) and where in self.inside
+        if isinstance(router, GatherRouter):
+            where = argument(node, 1, "where")
+            if not isinstance(where, fx.Node) or where not in self.inside:
+                return False
+        if node.op in ("call_function", "call_method"):
+            name = str(getattr(node.target, "__name__", node.target))
+            return self._nothing.get(node, name not in _REDUCTIONS)
+        return self._nothing.get(node, True)
 
     def inputs(self) -> list[fx.Node]:
         """What the branch takes from outside; rows of the path first."""

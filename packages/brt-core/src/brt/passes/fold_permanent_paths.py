@@ -286,6 +286,10 @@ class PermanentGather(Guarded):
     def _sum(self, parts_P: tuple[Tensor, ...], weight_R: Tensor | None, num_cells: int) -> Tensor:
         kept = [part for part, always in zip(parts_P, self.always_P, strict=True) if always]
         dtype = kept[0].dtype
+        empty = [part for part in parts_P if part.shape[0] == 0 and part.requires_grad]
+        if empty and torch.is_grad_enabled():
+            # So that gradients of branches without rows are zeros, not None
+            kept[0] = kept[0] + torch.cat(empty).sum().to(dtype)
         if weight_R is None and len(kept) == 1:
             return (
                 kept[0].contiguous()

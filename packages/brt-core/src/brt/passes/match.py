@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,11 +143,6 @@ def chains(graph: fx.Graph, scope: nn.Module) -> dict[fx.Node, Chain]:
             nested = all(longest[: len(chain)] == chain for chain in taken)
             chain_of[node] = longest if nested else common(taken)
     return chain_of
-
-
-def keeps_apart(graph: fx.Graph, scope: nn.Module) -> Callable[[fx.Node], bool]:
-    """Tell of nodes whether each row of their result depends on that row of their input only."""
-    return lambda node: True
 
 
 def common(every: list[Chain]) -> Chain:

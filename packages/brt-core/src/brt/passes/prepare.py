@@ -1,0 +1,203 @@
+"""From a model to regions that passes can work on: a copy, its traces, and their calls."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from brt import graph as tracing
+from brt.errors import PassError, ProfileError
+from brt.guard import compiled
+from brt.optimized import RegionModule, expect
+from brt.passes.base import Call
+from brt.passes.run import Work
+from brt.passes.verify import Moved, cloned, generators, without_traces
+from brt.profile import Profile
+from brt.report.data import RegionReport
+from brt.routers import LoopRouter, Router
+
+_MOST_CALLS = 8
+TRACE_TOLERANCE = (1e-5, 1e-6)
+"""A trace runs the same operators: (relative, absolute) difference."""
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """The model's modules anew around its own tensors."""
+    memo: dict[int, Any] = {id(generator): generator for generator in generators(model)}
+    for module in model.modules():
+        held = (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
+        memo.update({id(tensor): tensor for tensor in held if isinstance(tensor, Tensor)})
+    try:
+        return deepcopy(model, memo)
+    except Exception as error:
+        raise PassError(
+            f"optimize: {type(model).__name__} cannot be copied ({type(error).__name__}: {error}); "
+            "it must survive copy.deepcopy"
+        ) from error
+
+
+def regions_of(
+    copy: nn.Module, profile: Profile | None, sample: Any = None
+) -> tuple[list[Work], list[RegionReport]]:
+    """The regions to work on, with their calls on the sample, and reports of what is left alone."""
+    samples: dict[str, Any] = {}
+    if sample is not None:
+        inside = {
+            path: module
+            for path, module in copy.named_modules()
+            if tracing.has_routers(module) and not isinstance(module, Router)
+        }
+        first = _calls(copy, inside, sample, most=1, keep=False)
+        samples = {path: _batch(inside[path], *seen) for path, seen in first.items() if seen}
+    found = tracing.regions(copy, {k: v for k, v in samples.items() if v is not None})
+    left = [
+        RegionReport(r.path, type(copy.get_submodule(r.path)).__name__, r.reason, None, None)
+        for r in found
+        if r.graph is None
+    ]
+    left += _closed_routers(copy)
+    traced = {r.path: r.graph for r in found if r.graph is not None}
+    calls: Mapping[str, list[Call]] = {}
+    if sample is not None:
+        modules = {path: copy.get_submodule(path) for path in traced}
+        calls = _calls(copy, modules, sample, most=_MOST_CALLS, keep=True)
+    works = []
+    for path, graph in traced.items():
+        work = _adopt(path, copy.get_submodule(path), graph, tuple(calls.get(path, ())))
+        work.profile = _region_profile(profile, path)
+        reason = _wrong_trace(work)
+        if reason is None:
+            works.append(work)
+        else:
+            left.append(RegionReport(path, type(work.scope).__name__, reason, None, None))
+    return works, left
+
+
+def _calls(
+    copy: nn.Module, modules: Mapping[str, nn.Module], sample: Any, *, most: int, keep: bool
+) -> dict[str, list[Call]]:
+    """The first calls of modules while the model runs on the sample."""
+    args, kwargs = tracing.as_call(sample)
+    with without_traces(copy), _watched(modules, most=most, keep=keep) as calls:
+        copy(*cloned(args), **cloned(kwargs))
+    return calls
+
+
+def _closed_routers(copy: nn.Module) -> list[RegionReport]:
+    why = "its exits are inside one router, which a graph shows as one node"
+    return [
+        RegionReport(path, type(module).__name__, why, None, None)
+        for path, module in copy.named_modules()
+        if isinstance(module, Router)
+        and not isinstance(module, LoopRouter)
+        and any(isinstance(inner, Router) for inner in module.modules() if inner is not module)
+    ]
+
+
+def _batch(module: nn.Module, call: Call) -> Any:
+    """A call's arguments as the batch that `trace` takes; None where they are none."""
+    try:
+        signature = inspect.signature(module.forward)
+        bound = signature.bind(*call.args, **call.kwargs)
+    except (TypeError, ValueError):
+        return None
+    kinds = {signature.parameters[name].kind for name in bound.arguments}
+    if kinds <= {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}:
+        return dict(bound.arguments)
+    return call.args if not call.kwargs else None
+
+
+@contextmanager
+def _watched(
+    modules: Mapping[str, nn.Module], *, most: int, keep: bool
+) -> Iterator[dict[str, list[Call]]]:
+    """Record the first calls of modules; ``keep`` copies their tensors, and the results."""
+    calls: dict[str, list[Call]] = {path: [] for path in modules}
+    handles = []
+    for path, module in modules.items():
+        open_calls: list[tuple[Any, Any]] = []
+
+        def begin(
+            _: nn.Module, args: Any, kwargs: Any, *, path: str = path, to: Any = open_calls
+        ) -> None:
+            wanted = keep and len(calls[path]) < most
+            to.append((cloned(args), cloned(kwargs)) if wanted else (args, kwargs))
+
+        def end(
+            _: nn.Module,
+            args: Any,
+            kwargs: Any,
+            out: Any,
+            *,
+            path: str = path,
+            to: Any = open_calls,
+        ) -> None:
+            given, named = to.pop()
+            if len(calls[path]) < most:
+                calls[path].append(Call(given, named, cloned(out) if keep else None))
+
+        handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
+        handles.append(module.register_forward_hook(end, with_kwargs=True))
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _adopt(path: str, scope: nn.Module, graph: fx.GraphModule, calls: tuple[Call, ...]) -> Work:
+    """Let a trace share the parameters and modules of its region's module."""
+    for name, tensor in graph._buffers.items():
+        if name in scope._buffers:
+            continue
+        if hasattr(scope, name):  # a tensor in a plain attribute
+            graph.__dict__[name] = tensor
+        else:  # a constant of the trace
+            scope.register_buffer(name, tensor, persistent=False)
+    for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+        graph.__dict__[name] = scope.__dict__[name]
+    for node in graph.graph.nodes:
+        if node.target is tracing.expect:
+            node.target = expect
+    graph.recompile()
+    return Work(path, scope, graph, calls)
+
+
+def _wrong_trace(work: Work) -> str | None:
+    """Why the trace of a region cannot be used; None where it answers as its module does."""
+    try:
+        work.check(lambda _: TRACE_TOLERANCE)
+    except Moved as error:
+        return f"its trace gives another result on the sample: {error}"
+    except Exception as error:
+        return f"its trace does not run on the sample: {type(error).__name__}: {error}"
+    return None
+
+
+def _region_profile(profile: Profile | None, path: str) -> Profile | None:
+    try:
+        return None if profile is None else profile.region(path)
+    except ProfileError:  # it knows no router in there
+        return None
+
+
+def put_back(copy: nn.Module, works: list[Work]) -> nn.Module:
+    """Put rewritten regions in the place of their modules; returns the root."""
+    root = copy
+    for work in works:
+        if not work.changed:
+            continue
+        region = RegionModule(work.scope, work.graph, compiled(work.graph.graph), work.path)
+        if work.scope is copy:
+            root = region
+            continue
+        for module in list(copy.modules()):
+            for name, child in module._modules.items():
+                if child is work.scope:
+                    module._modules[name] = region
+    return root
