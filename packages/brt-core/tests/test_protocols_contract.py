@@ -262,6 +262,12 @@ def test_a_generator_does_not_compile(make: Callable[..., Case]) -> None:
         torch.compile(case.decide, fullgraph=True, backend="eager")(5)
 
 
+def test_a_generator_that_is_not_drawn_from_does_no_harm() -> None:
+    protocol = CapacityTopK(2, noise_std=1.0, generator=seeded()).without_noise()
+    case = Case(protocol, 4, floats(4))
+    check_same_graph(torch.compile(Decides(case), fullgraph=True, backend="eager"), case, 9)
+
+
 @pytest.mark.cuda
 def test_a_generator_of_another_device_is_an_error() -> None:
     with pytest.raises(ProtocolError, match="the generator is on cpu, but the scores are on cuda"):

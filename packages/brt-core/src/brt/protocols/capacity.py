@@ -86,7 +86,8 @@ class Switch(Protocol):
     def check(self, scores: Tensor, num_paths: int) -> None:
         """Raise `ProtocolError` unless ``scores`` are floats ``[N, P]`` or ``[G, S, P]``."""
         check_scores(self.name, scores, num_paths, grouped=True)
-        check_generator(self.name, self.generator, scores)
+        if self.stochastic:
+            check_generator(self.name, self.generator, scores)
 
     def decide(self, scores: Tensor, num_paths: int) -> Decision:
         """Decide with ``choice_NK``, K = 1."""
@@ -179,7 +180,8 @@ class CapacityTopK(Protocol):
         """Raise `ProtocolError` unless scores are floats ``[N, P]`` or ``[G, S, P]``, k <= P."""
         check_scores(self.name, scores, num_paths, grouped=True)
         check_k(self.name, self.k, num_paths)
-        check_generator(self.name, self.generator, scores)
+        if self.stochastic:
+            check_generator(self.name, self.generator, scores)
 
     def decide(self, scores: Tensor, num_paths: int) -> Decision:
         """Decide with ``choice_NK``, K = k."""

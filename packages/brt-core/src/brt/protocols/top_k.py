@@ -104,7 +104,8 @@ class NoisyTopK(Protocol):
         """Raise `ProtocolError` unless ``scores`` are ``[N, 2 * P]`` floats without NaN."""
         check_scores(self.name, scores, num_paths, per_path=2)
         check_k(self.name, self.k, num_paths)
-        check_generator(self.name, self.generator, scores)
+        if self.stochastic:
+            check_generator(self.name, self.generator, scores)
 
     def decide(self, scores: Tensor, num_paths: int) -> Decision:
         """Decide with ``choice_NK``, K = k."""
