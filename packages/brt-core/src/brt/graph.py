@@ -27,13 +27,18 @@ from brt.routers import GatherRouter, LoopRouter, Router, ScatterRouter
 OPAQUE = "brt_opaque"
 """Key of a traced graph's `meta`: {path: why} of router-free modules that stay closed."""
 
-_WRAPPED = [
+_WRAPPED: list[Callable[..., Any]] = [
     *(f for name in ops.OPERATORS if inspect.isfunction(f := getattr(ops, name, None))),
     *(
         f
         for name, f in vars(losses).items()
         if inspect.isfunction(f) and f.__module__ == losses.__name__ and not name.startswith("_")
     ),
+]
+# These take sizes, and would not notice that one comes from a tensor
+_FACTORIES: list[Callable[..., Any]] = [
+    *(torch.arange, torch.empty, torch.eye, torch.full, torch.linspace, torch.ones, torch.rand),
+    *(torch.randint, torch.randn, torch.randperm, torch.zeros),
 ]
 _NOT_USER_CODE = (str(Path(torch.__file__).parent), __file__)
 _BRANCHES = (
@@ -154,8 +159,8 @@ class Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
     def __init__(self, sample: Any = None) -> None:
-        super().__init__(autowrap_functions=tuple(_WRAPPED))
-        self._autowrap_search += [ops, losses]
+        super().__init__(autowrap_functions=(*_WRAPPED, *_FACTORIES))
+        self._autowrap_search += [torch, ops, losses]
         self.sample = None if sample is None else as_call(sample)
         self.opaque: dict[str, str] = {}
         self.failed_at: str | None = None

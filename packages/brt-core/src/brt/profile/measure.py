@@ -67,9 +67,7 @@ def overhead(
             for run in runs:
                 run()
     ratios = [b / a for a, b in zip(plain, recorded, strict=True)]
-    medians = sorted(
-        statistics.median(order.choices(ratios, k=pairs)) for _ in range(_RESAMPLES)
-    )
+    medians = sorted(statistics.median(order.choices(ratios, k=pairs)) for _ in range(_RESAMPLES))
     return {
         "pairs": float(pairs),
         "plain_ms": statistics.median(plain) * 1e3,

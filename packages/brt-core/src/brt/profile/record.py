@@ -138,9 +138,7 @@ class Recorder:
             if isinstance(module, Router):
                 parts = path.split(".")
                 self._path[module] = path
-                self._around[module] = tuple(
-                    ".".join(parts[:i]) for i in range(1, len(parts))
-                )
+                self._around[module] = tuple(".".join(parts[:i]) for i in range(1, len(parts)))
                 self._handles.append(module.register_observer(self._observe))
         self._num_calls = {path: -1 for around in self._around.values() for path in around}
         for path in self._num_calls:
