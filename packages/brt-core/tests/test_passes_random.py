@@ -33,7 +33,8 @@ def gradients(module: nn.Module, model: nn.Module, x: Tensor) -> list[Tensor | N
     try:
         module(leaf).sin().sum().backward()
     except RuntimeError as error:
-        assert "inplace" in str(error) or "in-place" in str(error), error
+        if "inplace" not in str(error):
+            raise
         return None
     return [leaf.grad, *(parameter.grad for parameter in model.parameters())]
 
