@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 ACME = ROOT / "examples" / "brt-acme"
 
 API = """
-import torch, brt
+import torch, brt, brt.testing
 from torch import nn
 
 protocol = brt.plugins.get("protocols", "acme-top-p").factory(p=0.6)
