@@ -88,7 +88,7 @@ def test_views_where_no_copy_is_needed(device: torch.device) -> None:
 
 def test_cells_that_changed_their_sizes(device: torch.device) -> None:
     x = torch.randn(2, 3, 4, 5, device=device)
-    cells, grid = brt.annotate(x, (1, 0))  # [3 * 2, 4, 5]
+    _, grid = brt.annotate(x, (1, 0))  # cells of [3 * 2, 4, 5]
     assert grid.restore(torch.zeros(6, 8, 1, device=device)).shape == (2, 3, 8, 1)
     assert grid.restore(torch.zeros(6, 7, device=device)).shape == (3, 2, 7)
     assert grid.restore(torch.zeros(6, device=device)).shape == (3, 2)
