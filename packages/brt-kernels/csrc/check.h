@@ -36,6 +36,9 @@ inline const char* dtype_name(ScalarType type) {
     case ScalarType::Double: return "float64";
     case ScalarType::Int: return "int32";
     case ScalarType::Long: return "int64";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Char: return "int8";
     case ScalarType::Bool: return "bool";
     default: return "another dtype";
   }
@@ -45,6 +48,12 @@ inline bool is_index(ScalarType type) { return type == ScalarType::Int || type =
 
 inline bool is_real(ScalarType type) {
   return type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16;
+}
+
+// What can be moved without a look at its values.
+inline bool is_movable(ScalarType type) {
+  return is_real(type) || is_index(type) || type == ScalarType::Double || type == ScalarType::Bool ||
+      type == ScalarType::Byte || type == ScalarType::Char || type == ScalarType::Short;
 }
 
 inline bool same_device(const Tensor& a, const Tensor& b) {

@@ -19,6 +19,7 @@ STABLE_TORCH_LIBRARY(brt_kernels, m) {
   m.def(
       "grouped_linear(Tensor x_RI, Tensor offsets_P1, Tensor weight_POI, Tensor? bias_PO=None, "
       "str activation=\"none\") -> Tensor");
+  m.def("grouped_outer(Tensor y_RO, Tensor x_RI, Tensor offsets_P1) -> Tensor");
   m.def(
       "expert_mlp(Tensor x_ND, Tensor cell_R, Tensor row_NK, Tensor offsets_P1, Tensor? weight_R, Tensor up_PHD, "
       "Tensor? up_bias_PH, Tensor down_PDH, Tensor? down_bias_PD, str activation) -> Tensor");

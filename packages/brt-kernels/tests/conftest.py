@@ -29,10 +29,3 @@ def isa(request: pytest.FixtureRequest):
         pytest.skip(str(error).splitlines()[0])
     yield request.param
     torch.ops.brt_kernels.use_isa("best")
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
-def device(request: pytest.FixtureRequest) -> torch.device:
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no NVIDIA GPU")
-    return torch.device(request.param)

@@ -49,6 +49,14 @@ def test_index_tensors_that_disagree_follow_cell_R() -> None:
     assert torch.equal(dispatch(x, cell_R.int(), row_NK.int() + 99), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int32, torch.int64, torch.float64])
+def test_other_dtypes_move_unweighted(dtype: torch.dtype, device: torch.device) -> None:
+    x = torch.randint(0, 2, (5, 7)).to(dtype)
+    cell_R = torch.tensor([4, -1, 0])
+    got = dispatch(x.to(device), cell_R.to(device), torch.full((5, 1), -1, device=device))
+    assert torch.equal(got.cpu(), reference.dispatch(x, cell_R, cell_R[:, None]))
+
+
 def test_strided_input(device: torch.device) -> None:
     x = torch.randn(20, 40, device=device)[:, ::2]
     cell_R = torch.arange(20, device=device).flip(0)
@@ -67,7 +75,8 @@ def test_fake_agrees_with_the_schema() -> None:
         ((torch.zeros(2, 3), torch.tensor([2, 0]), torch.zeros(2, 1, dtype=torch.int64)), r"got 2 at position 0"),
         ((torch.zeros(2, 3), torch.tensor([-2, 0]), torch.zeros(2, 1, dtype=torch.int64)), r"got -2 at position 0"),
         ((torch.zeros(2, 3), torch.tensor([1.0]), torch.zeros(2, 1, dtype=torch.int64)), "int32 or int64"),
-        ((torch.zeros(2, 3).double(), torch.tensor([1]), torch.zeros(2, 1, dtype=torch.int64)), "float64"),
+        ((torch.zeros(2, 3).double(), torch.tensor([1]), torch.zeros(2, 1, dtype=torch.int64), torch.ones(1)), "float64"),
+        ((torch.zeros(2, 3).cfloat(), torch.tensor([1]), torch.zeros(2, 1, dtype=torch.int64)), "x_NS must be"),
         ((torch.zeros(2, 3), torch.tensor([1]), torch.zeros(3, 1, dtype=torch.int64)), "each of 2 cells"),
         ((torch.zeros(2, 3), torch.tensor([1]), torch.zeros(2, 1, dtype=torch.int64), torch.ones(2)), "weight_R"),
     ],

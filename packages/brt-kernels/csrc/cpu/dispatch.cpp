@@ -76,7 +76,8 @@ bool inverse(const Move& m) {
 Tensor dispatch_cpu(const Tensor& x, const Tensor& cell, const Tensor& row, const std::optional<Tensor>& weight) {
   // 1. Shapes and values
   BRT_CHECK(x.dim() >= 1, "x_NS must have at least 1 dimension, got a scalar");
-  check_real(x, "x_NS");
+  if (weight.has_value()) check_real(x, "x_NS");
+  BRT_CHECK(is_movable(x.scalar_type()), "x_NS must be floats, integers or bool, got ", dtype_name(x.scalar_type()));
   check_index(cell, "cell_R", 1);
   check_index(row, "row_NK", 2);
   check_device(cell, "cell_R", x);

@@ -1,6 +1,7 @@
 // grouped_linear: rows of path p times weight[p].T plus bias[p], activated.
 // R rows, P paths, I features in, O features out.
 #include "grouped.h"
+#include "outer.h"
 
 #include <algorithm>
 #include <atomic>
@@ -8,7 +9,7 @@
 namespace brt {
 namespace {
 
-constexpr int64_t kWeightBytes = int64_t{192} << 10;  // rows of a weight that one task takes
+constexpr int64_t kWeightBytes = int64_t{384} << 10;  // rows of a weight that one task takes
 constexpr int64_t kSplitRows = 96;                    // rows of a task where there are few tasks
 
 struct Job { int64_t path, out, num_out, row, num_rows; };
@@ -34,6 +35,26 @@ std::vector<Job> jobs_of(const GroupedLinear& g, int64_t num_out, int64_t num_in
   }
   std::stable_sort(jobs.begin(), jobs.end(), [](const Job& a, const Job& b) { return a.num_rows > b.num_rows; });
   return jobs;
+}
+
+// Whether weight_POI is a transposed view of a contiguous [P, I, O], as in the gradient of the input.
+bool is_transposed(const Tensor& weight) {
+  return weight.size(1) > 1 && weight.size(2) > 1 && weight.stride(1) == 1 && weight.stride(2) == weight.size(1) &&
+      (weight.size(0) == 1 || weight.stride(0) == weight.size(1) * weight.size(2));
+}
+
+std::vector<OuterTask> products_of(const std::vector<int64_t>& begins, const Tensor& x_RI, const Tensor& weight,
+                                   char* out) {
+  const int64_t num_in = weight.size(2), num_out = weight.size(1), element = (int64_t)x_RI.element_size();
+  const char* from = static_cast<const char*>(x_RI.const_data_ptr());
+  const char* weights = static_cast<const char*>(weight.const_data_ptr());
+  std::vector<OuterTask> products;
+  for (int64_t p = 0; p + 1 < (int64_t)begins.size(); ++p) {
+    products.push_back({from + begins[p] * num_in * element, weights + p * num_in * num_out * element,
+                        out + begins[p] * num_out * element, num_in, 1, num_out, num_out, begins[p + 1] - begins[p],
+                        num_in, num_out, real_of(x_RI)});
+  }
+  return products;
 }
 
 }  // namespace
@@ -141,17 +162,23 @@ Tensor grouped_linear_cpu(const Tensor& x, const Tensor& offsets, const Tensor& 
   Tensor out_RO = new_empty(x_RI, {num_rows, num_out}, x.scalar_type());
   if (num_rows == 0 || num_out == 0) return out_RO;
 
-  // 2. Rows of paths, and zeros outside them
-  GroupedLinear g{rising_offsets(offsets, num_rows), {}, as_contiguous(weight), std::nullopt, act, nullptr, 0, real_of(x)};
+  // 2. Zeros outside the paths
+  const std::vector<int64_t> begins = rising_offsets(offsets, num_rows);
+  const int64_t element = (int64_t)x.element_size(), out_stride = num_out * element;
+  char* out = static_cast<char*>(out_RO.mutable_data_ptr());
+  std::fill(out, out + begins.front() * out_stride, 0);
+  std::fill(out + begins.back() * out_stride, out + num_rows * out_stride, 0);
+
+  // 3. Rows of paths, by the kernel for the way the weight lies
+  if (act == Activation::kNone && !bias.has_value() && is_transposed(weight)) {
+    run_products(products_of(begins, x_RI, weight, out), x_RI, kernels());
+    return out_RO;
+  }
+  GroupedLinear g{begins, std::vector<const void*>(num_rows), as_contiguous(weight), std::nullopt, act, out,
+                  out_stride, real_of(x)};
   if (bias.has_value()) g.bias_PO = as_contiguous(*bias);
-  const int64_t element = (int64_t)x.element_size();
   const char* from = static_cast<const char*>(x_RI.const_data_ptr());
-  g.out = static_cast<char*>(out_RO.mutable_data_ptr());
-  g.out_stride = num_out * element;
-  g.rows.resize(num_rows);
   for (int64_t r = 0; r < num_rows; ++r) g.rows[r] = from + r * x_RI.size(1) * element;
-  std::fill(g.out, g.out + g.begins.front() * g.out_stride, 0);
-  std::fill(g.out + g.begins.back() * g.out_stride, g.out + num_rows * g.out_stride, 0);
   g.run(kernels());
   return out_RO;
 }

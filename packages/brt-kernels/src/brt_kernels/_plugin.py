@@ -1,97 +1,189 @@
-"""What brt finds through its hook: the one file of this package that knows brt."""
+"""What brt finds here, by its hook: one kernel an operator and device. Only this file knows brt.
+
+Legend: R rows, I O D H features, P paths.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import brt
 import torch
-from brt import KernelSpec, hookimpl
+from brt import KernelSpec
 from torch import Tensor
 
-from brt_kernels._load import Libraries, load
+from brt_kernels._load import load
+from brt_kernels._packed import PackedWeights
+from brt_kernels.ops import register_all_fakes
 
-_NAME = "brt-kernels"
-_REAL = (torch.float32, torch.float16, torch.bfloat16)
+NAME = "brt-kernels"
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+INDICES = (torch.int32, torch.int64)
+MASKS = (torch.bool, torch.uint8, torch.int8, *INDICES)
 
-# Rates that order kernels, not predict them: what one call costs, and what a microsecond moves
-_CALL_US = {"cpu": 3.0, "cuda": 8.0}
-_BYTES_PER_US = {"cpu": 15_000.0, "cuda": 2_000_000.0}
-_FLOPS_PER_US = {"cpu": 150_000.0, "cuda": 20_000_000.0}
-
-
-def _moved(*args: Any) -> float:
-    tensors = [a for a in args if isinstance(a, Tensor)]
-    device = tensors[0].device.type
-    size = sum(t.numel() * t.element_size() for t in tensors)
-    return _CALL_US[device] + size / _BYTES_PER_US[device]
+# Rough rates, for the choice between kernels: what moves, and what is computed, in a microsecond.
+BYTES_PER_US = {"cpu": 15_000.0, "cuda": 2_000_000.0}
+FLOPS_PER_US = {"cpu": 150_000.0, "cuda": 100_000_000.0}
+OVERHEAD_US = 4.0
 
 
-def _multiplied(args: tuple[Any, ...], flops: float) -> float:
-    device = args[0].device.type
-    return _moved(*args) + flops / _FLOPS_PER_US[device]
+def _floats(tensor: Tensor) -> str | None:
+    return None if tensor.dtype in FLOATS else f"takes float32, float16, bfloat16, not {tensor.dtype}"
 
 
-def _chain_time(
-    x_RCHW: Tensor, offsets_P1: Tensor, params: list[Tensor], steps: list[int], *_: Any
-) -> float:
-    num_paths = max(offsets_P1.shape[0] - 1, 1)
-    pixels = x_RCHW.shape[0] * x_RCHW.shape[2] * x_RCHW.shape[3]
-    weights = sum(params[i].numel() for i in steps[3::9]) / num_paths
-    return _multiplied((x_RCHW,), 2 * pixels * weights)
+def _route_refuses(choice_NK: Tensor, *_: Any) -> str | None:
+    return None if choice_NK.dtype in INDICES else f"takes int32 and int64, not {choice_NK.dtype}"
 
 
-def _takes_real(*args: Any) -> str | None:
-    if args[0].dtype not in _REAL:
-        return f"takes float32, float16 and bfloat16, not {args[0].dtype}"
-    return None
+def _mask_refuses(mask: Tensor, *_: Any) -> str | None:
+    return None if mask.dtype in MASKS else f"takes bool and integers, not {mask.dtype}"
 
 
-def _takes_float32(*args: Any) -> str | None:
-    params = args[2]
-    if args[0].dtype != torch.float32 or any(p.dtype != torch.float32 for p in params):
-        return f"takes float32, not {args[0].dtype}"
-    return None
+def _indices(*tensors: Tensor) -> str | None:
+    bad = next((t for t in tensors if t.dtype not in INDICES), None)
+    return None if bad is None else f"takes int32 and int64 indices, not {bad.dtype}"
 
 
-def _takes_all(*args: Any) -> str | None:
-    return None
+def _dispatch_refuses(x: Tensor, cell_R: Tensor, row_NK: Tensor, weight_R: Tensor | None) -> str | None:
+    if weight_R is None:
+        known = x.dtype in FLOATS or x.dtype in MASKS
+        return _indices(cell_R, row_NK) if known else f"does not move {x.dtype}"
+    return _floats(x) or _floats(weight_R) or _indices(cell_R, row_NK)
 
 
-Refuses = Callable[..., str | None]
-Estimate = Callable[..., float]
-
-# operator -> (refuses, estimate), for every operator of the CPU library
-_CPU: dict[str, tuple[Refuses, Estimate]] = {
-    "route": (_takes_all, _moved),
-    "route_mask": (_takes_all, _moved),
-    "dispatch": (_takes_real, _moved),
-    "combine": (_takes_real, _moved),
-    "row_dot": (_takes_real, _moved),
-    "compact": (_takes_all, _moved),
-    "conv_chain": (_takes_float32, _chain_time),
-}
+def _combine_refuses(rows: Tensor, row_NK: Tensor, cell_R: Tensor, weight_R: Tensor | None) -> str | None:
+    return _floats(rows) or (None if weight_R is None else _floats(weight_R)) or _indices(row_NK, cell_R)
 
 
-@hookimpl
+def _row_dot_refuses(rows: Tensor, cells: Tensor, cell_R: Tensor, row_NK: Tensor) -> str | None:
+    return _floats(rows) or _same(rows, cells) or _indices(cell_R, row_NK)
+
+
+def _same(first: Tensor, *others: Tensor | None) -> str | None:
+    bad = next((t for t in others if t is not None and t.dtype != first.dtype), None)
+    return None if bad is None else f"takes one dtype, not {first.dtype} and {bad.dtype}"
+
+
+def _linear_refuses(x: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None, _: str) -> str | None:
+    return _floats(x) or _same(x, weight, bias) or _indices(offsets)
+
+
+def _outer_refuses(y: Tensor, x: Tensor, offsets: Tensor) -> str | None:
+    return _floats(x) or _same(x, y) or _indices(offsets)
+
+
+def _mlp_refuses(*args: Any) -> str | None:
+    x, cell_R, row_NK, offsets, weight_R, *weights, _ = args
+    return (
+        _floats(x)
+        or _same(x, *weights)
+        or (None if weight_R is None else _floats(weight_R))
+        or _indices(cell_R, row_NK, offsets)
+    )
+
+
+def _chain_refuses(x_RCHW: Tensor, offsets: Tensor, params: Sequence[Tensor], *_: Any) -> str | None:
+    return _floats(x_RCHW) or next((_floats(p) for p in params if p.dtype not in FLOATS), None)
+
+
+def _moving(device: str) -> Callable[..., float]:
+    rate = BYTES_PER_US[device]
+
+    def estimate(*args: Any) -> float:
+        size = sum(a.numel() * a.element_size() for a in args if isinstance(a, Tensor))
+        return OVERHEAD_US + size / rate
+
+    return estimate
+
+
+def _linear(device: str) -> Callable[..., float]:
+    rate = FLOPS_PER_US[device]
+
+    def estimate(x_RI: Tensor, offsets_P1: Tensor, weight_POI: Tensor, *_: Any) -> float:
+        return OVERHEAD_US + 2 * x_RI.shape[0] * weight_POI.shape[1] * weight_POI.shape[2] / rate
+
+    return estimate
+
+
+def _outer(device: str) -> Callable[..., float]:
+    rate = FLOPS_PER_US[device]
+
+    def estimate(y_RO: Tensor, x_RI: Tensor, offsets_P1: Tensor) -> float:
+        return OVERHEAD_US + 2 * x_RI.shape[0] * x_RI.shape[1] * y_RO.shape[1] / rate
+
+    return estimate
+
+
+def _mlp(device: str) -> Callable[..., float]:
+    rate = FLOPS_PER_US[device]
+
+    def estimate(*args: Any) -> float:
+        num_rows, up_PHD, down_PDH = args[1].shape[0], args[5], args[7]
+        size = up_PHD.shape[1] * up_PHD.shape[2] + down_PDH.shape[1] * down_PDH.shape[2]
+        return 3 * OVERHEAD_US + 2 * num_rows * size / rate
+
+    return estimate
+
+
+def _chain(device: str) -> Callable[..., float]:
+    rate = FLOPS_PER_US[device]
+
+    def estimate(x_RCHW: Tensor, offsets_P1: Tensor, params: Sequence[Tensor], *_: Any) -> float:
+        weights = sum(p.numel() for p in params) / max(1, offsets_P1.shape[0] - 1)
+        return 10 * OVERHEAD_US + 2 * weights * x_RCHW[:, 0].numel() / rate
+
+    return estimate
+
+
+_packed_chains = PackedWeights()
+
+
+def _conv_chain(
+    x_RCHW: Tensor,
+    offsets_P1: Tensor,
+    params: Sequence[Tensor],
+    steps: Sequence[int],
+    step_offsets_P1: Sequence[int],
+    scales: Sequence[float],
+) -> Tensor:
+    ops = torch.ops.brt_kernels
+    args = (x_RCHW, offsets_P1, params, steps, step_offsets_P1, scales)
+    if x_RCHW.device.type != "cpu":
+        return ops.conv_chain(*args)
+    extra = (tuple(steps), tuple(step_offsets_P1), ops.use_isa(""))
+    packed = _packed_chains.get(params, extra, lambda: ops.conv_chain_pack(*args))
+    return ops.conv_chain(*args, packed)
+
+
+def _always(reason: str) -> Callable[..., str]:
+    return lambda *_: reason
+
+
+@brt.hookimpl
 def brt_kernels() -> Iterator[KernelSpec]:
-    """Load the libraries and offer what they hold; the hook's failure is brt's warning."""
     libraries = load()
-    yield from _specs("cpu", _CPU)
-    yield from _specs("cuda", _cuda_operators(libraries))
-
-
-def _cuda_operators(libraries: Libraries) -> dict[str, tuple[Refuses, Estimate]]:
-    return {}
-
-
-def _specs(device: str, operators: dict[str, tuple[Refuses, Estimate]]) -> Iterator[KernelSpec]:
-    for op, (refuses, estimate) in operators.items():
-        yield KernelSpec(
-            op=op,
-            device=device,
-            name=_NAME,
-            forward=getattr(torch.ops.brt_kernels, op).default,
-            refuses=refuses,
-            estimate=estimate,
-        )
+    register_all_fakes()
+    ops = torch.ops.brt_kernels
+    kinds: dict[str, tuple[Any, Any, Any]] = {
+        "route": (ops.route.default, _route_refuses, _moving),
+        "route_mask": (ops.route_mask.default, _mask_refuses, _moving),
+        "dispatch": (ops.dispatch.default, _dispatch_refuses, _moving),
+        "combine": (ops.combine.default, _combine_refuses, _moving),
+        "row_dot": (ops.row_dot.default, _row_dot_refuses, _moving),
+        "compact": (ops.compact.default, _mask_refuses, _moving),
+        "grouped_linear": (ops.grouped_linear.default, _linear_refuses, _linear),
+        "grouped_outer": (ops.grouped_outer.default, _outer_refuses, _outer),
+        "expert_mlp": (ops.expert_mlp.default, _mlp_refuses, _mlp),
+        "conv_chain": (_conv_chain, _chain_refuses, _chain),
+    }
+    for op, (forward, refuses, estimate) in kinds.items():
+        for device, refusal in (("cpu", ""), ("cuda", libraries.no_cuda)):
+            yield KernelSpec(
+                op=op,
+                device=device,
+                name=NAME,
+                forward=forward,
+                refuses=_always(refusal) if refusal else refuses,
+                estimate=estimate(device),
+            )

@@ -63,9 +63,10 @@ BRT_INLINE __m128 sum4(Vec a, Vec b, Vec c, Vec d) {
 }
 
 // kRows rows times kOut rows of the weight, into sums[row * stride + o]. Rows are at x_rows, or side by side at
-// `packed`, a step of each in turn. `ahead` elements after each weight is what to fetch meanwhile.
+// `packed`, a step of each in turn. Meanwhile it fetches what is needed next: kOut rows from `fetch` on where the rows
+// are few, one where they are packed, as other groups of rows then fetch the others.
 template <class T, int kRows, bool kPacked>
-void tile(const T* const* x_rows, const T* packed, const T* weight, int64_t num_in, int64_t ahead, float* sums,
+void tile(const T* const* x_rows, const T* packed, const T* weight, int64_t num_in, const T* fetch, float* sums,
           int64_t stride) {
   using D = Dot<T>;
   Vec total[kRows][kOut];
@@ -83,7 +84,7 @@ void tile(const T* const* x_rows, const T* packed, const T* weight, int64_t num_
 #pragma GCC unroll 4
     for (int o = 0; o < kOut; ++o) {
       w[o] = D::get(weight + o * num_in + k);
-      __builtin_prefetch(weight + o * num_in + k + ahead, 0, 2);
+      if (!kPacked || o == 0) __builtin_prefetch(fetch + o * num_in + k, 0, 2);
     }
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) {
@@ -128,16 +129,16 @@ void column(const T* const* x_rows, const T* packed, int64_t num_rows, const T* 
 }
 
 template <class T, bool kPacked>
-void tile_of(int64_t num_rows, const T* const* x_rows, const T* packed, const T* weight, int64_t num_in, int64_t ahead,
+void tile_of(int64_t num_rows, const T* const* x_rows, const T* packed, const T* weight, int64_t num_in, const T* fetch,
              float* sums, int64_t stride) {
   switch (num_rows) {
-    case 1: return tile<T, 1, kPacked>(x_rows, packed, weight, num_in, ahead, sums, stride);
-    case 2: return tile<T, 2, kPacked>(x_rows, packed, weight, num_in, ahead, sums, stride);
-    case 3: return tile<T, 3, kPacked>(x_rows, packed, weight, num_in, ahead, sums, stride);
+    case 1: return tile<T, 1, kPacked>(x_rows, packed, weight, num_in, fetch, sums, stride);
+    case 2: return tile<T, 2, kPacked>(x_rows, packed, weight, num_in, fetch, sums, stride);
+    case 3: return tile<T, 3, kPacked>(x_rows, packed, weight, num_in, fetch, sums, stride);
 #ifdef __AVX512F__
-    case 4: return tile<T, 4, kPacked>(x_rows, packed, weight, num_in, ahead, sums, stride);
-    case 5: return tile<T, 5, kPacked>(x_rows, packed, weight, num_in, ahead, sums, stride);
-    case 6: return tile<T, 6, kPacked>(x_rows, packed, weight, num_in, ahead, sums, stride);
+    case 4: return tile<T, 4, kPacked>(x_rows, packed, weight, num_in, fetch, sums, stride);
+    case 5: return tile<T, 5, kPacked>(x_rows, packed, weight, num_in, fetch, sums, stride);
+    case 6: return tile<T, 6, kPacked>(x_rows, packed, weight, num_in, fetch, sums, stride);
 #endif
   }
 }
@@ -186,8 +187,9 @@ void multiply(const T* const* x_rows, const T* packed, int64_t num_rows, const T
       float* to = sums + r * stride + o;
       const T* const* rows = kPacked ? nullptr : x_rows + r;
       if (o + kOut <= num_out) {
-        tile_of<T, kPacked>(size, rows, from, w, num_in, g == 0 && o + 2 * kOut <= num_out ? kOut * num_in : 0, to,
-                            stride);
+        const bool more = o + 2 * kOut <= num_out && g < (kPacked ? kOut : 1);
+        const T* fetch = more ? w + (kOut + (kPacked ? g : 0)) * num_in : w;
+        tile_of<T, kPacked>(size, rows, from, w, num_in, fetch, to, stride);
       } else {
         for (int64_t i = o; i < num_out; ++i) {
           column<T, kPacked>(rows, from, size, weight + i * num_in, num_in, to + i - o, stride);

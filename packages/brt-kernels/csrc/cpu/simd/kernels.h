@@ -12,6 +12,7 @@ enum class Activation : int { kNone, kRelu, kGelu, kGeluTanh, kSilu, kSwiglu };
 
 struct ConvStep;   // see conv_chain.h
 struct GroupTask;  // see grouped_linear.h
+struct OuterTask;  // see outer.h
 
 struct Kernels {
   const char* name;
@@ -34,6 +35,10 @@ struct Kernels {
   // grouped_linear.cpp
   int64_t (*group_scratch_bytes)(const GroupTask& task);
   void (*group_task)(const GroupTask& task, void* scratch);
+
+  // outer.cpp
+  int64_t (*outer_scratch_numel)(int64_t num_rows, int64_t num_sums);
+  void (*outer_task)(const OuterTask& task, float* scratch);
 
   // conv_chain.cpp
   int64_t (*conv_packed_numel)(int64_t out_channels, int64_t in_channels, int64_t kernel);

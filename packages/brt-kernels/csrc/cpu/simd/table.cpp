@@ -1,6 +1,7 @@
 // The table of this instruction set.
 #include "conv_chain.h"
 #include "grouped_linear.h"
+#include "outer.h"
 #include "rows.h"
 
 #define BRT_TEXT_(x) #x
@@ -20,6 +21,8 @@ const Kernels* kernels() {
       .fence = fence,
       .group_scratch_bytes = group_scratch_bytes,
       .group_task = group_task,
+      .outer_scratch_numel = outer_scratch_numel,
+      .outer_task = outer_task,
       .conv_packed_numel = conv_packed_numel,
       .conv_pack = conv_pack,
       .plane_numel = plane_numel,

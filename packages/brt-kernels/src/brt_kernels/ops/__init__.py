@@ -11,12 +11,14 @@ from brt_kernels.ops import (
     dispatch,
     expert_mlp,
     grouped_linear,
+    grouped_outer,
     route,
     row_dot,
 )
 
 _FILES = (
-    combine, compact, conv_chain, dispatch, expert_mlp, grouped_linear, route, row_dot,
+    combine, compact, conv_chain, dispatch, expert_mlp, grouped_linear, grouped_outer,
+    route, row_dot,
 )  # fmt: skip
 
 

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from brt import reference
+
+from brt_kernels.ops.grouped_linear import grouped_linear
+from brt_kernels.ops.grouped_outer import grouped_outer
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+LOADS = [(0,), (1,), (3, 0, 5), (7, 1, 30, 0, 2), (0, 0, 100), (600,)]
+SIZES = [(64, 64), (1, 1), (17, 5), (33, 70), (600, 3), (3, 300)]
+LOOSE = {torch.float32: (1e-5, 1e-4), torch.float16: (2e-3, 2e-3), torch.bfloat16: (1.6e-2, 1.6e-2)}
+
+
+def run(loads: tuple[int, ...], size: tuple[int, int], dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+    made, (num_out, num_in) = torch.Generator().manual_seed(0), size
+    y = torch.randn(sum(loads) + 3, num_out, generator=made).to(dtype)
+    x = torch.randn(sum(loads) + 3, num_in, generator=made).to(dtype)
+    offsets = torch.tensor((0, *loads)).cumsum(0)
+    got = grouped_outer(y.to(device), x.to(device), offsets.to(device))
+    exact = reference.grouped_outer(y.double(), x.double(), offsets)
+    rtol, atol = LOOSE[dtype]
+    torch.testing.assert_close(got.cpu().double(), exact, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_sizes(size: tuple[int, int], dtype: torch.dtype, isa: str) -> None:
+    run((7, 1, 30, 0, 2), size, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("loads", LOADS, ids=str)
+def test_loads(loads: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    run(loads, (40, 72), dtype, device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_transposed_weights_of_the_linear_layer(size: tuple[int, int], dtype: torch.dtype, isa: str) -> None:
+    num_in, num_out = size
+    x, weight = torch.randn(43, num_in).to(dtype), (torch.randn(3, num_in, num_out) / num_in**0.5).to(dtype)
+    offsets = torch.tensor([2, 20, 20, 40])
+    got = grouped_linear(x, offsets, weight.transpose(1, 2))
+    expected = grouped_linear(x, offsets, weight.transpose(1, 2).contiguous())
+    rtol, atol = LOOSE[dtype]
+    torch.testing.assert_close(got, expected, rtol=rtol, atol=atol)
+
+
+def test_fake_agrees_with_the_schema() -> None:
+    args = (torch.randn(9, 16), torch.randn(9, 8), torch.tensor([0, 4, 9]))
+    torch.library.opcheck(torch.ops.brt_kernels.grouped_outer.default, args)
+
+
+def test_bad_input_is_an_exception() -> None:
+    offsets = torch.tensor([0, 2])
+    for args, match in (
+        ((torch.zeros(2, 3), torch.zeros(3, 3), offsets), "equal rows"),
+        ((torch.zeros(2, 3), torch.zeros(2, 3).half(), offsets), "float16 as x"),
+        ((torch.zeros(2, 3), torch.zeros(2, 3), offsets + 1), "got 3 at position 1"),
+    ):
+        with pytest.raises(RuntimeError, match=match):
+            grouped_outer(*args)
