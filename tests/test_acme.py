@@ -21,7 +21,7 @@ protocol = brt.plugins.get("protocols", "acme-top-p").factory(p=0.6)
 scatter = brt.plugins.get("routers", "acme-shared-scatter").factory(protocol, 4)
 drop = brt.plugins.get("passes", "acme-drop-identities").factory()
 brt.testing.check_protocol(protocol)
-brt.testing.check_router(scatter)
+brt.testing.check_router(scatter, lambda n: (torch.randn(n, 8), torch.randn(n, 3)))
 
 class Model(nn.Module):
     def __init__(self):

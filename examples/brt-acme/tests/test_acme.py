@@ -28,7 +28,8 @@ class Sparse(nn.Module):
 
 def test_contracts() -> None:
     brt.testing.check_protocol(TopP(0.6))
-    brt.testing.check_router(SharedScatter(TopP(0.6), 4))
+    router = SharedScatter(TopP(0.6), 4)
+    brt.testing.check_router(router, lambda n: (torch.randn(n, 8), torch.randn(n, 3)))
     brt.testing.check_pass(DropIdentities(), Sparse().eval(), (torch.randn(16, 8),))
 
 
