@@ -23,6 +23,8 @@ from brt.specs import KernelSpec
 LIBRARY = torch.library.Library("brt", "DEF")
 OPERATORS: dict[str, Operator] = {}
 
+# Lists of more are counted in messages, not shown
+_LONG = 4
 # Not a ContextVar: the backward of CUDA work runs on a thread of autograd's
 _used: str | None = None
 _from_environment = os.environ.get("BRT_OPS") or None
@@ -209,13 +211,13 @@ def forget() -> None:
 def signature(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """What a measured choice depends on: dtypes, devices and shapes of tensors; other values."""
     return tuple(
-        (a.dtype, a.device.type, tuple(a.shape)) if isinstance(a, Tensor) else _hashable(a)
+        (a.dtype, a.device.type, tuple(a.shape))
+        if isinstance(a, Tensor)
+        else signature(tuple(a))
+        if isinstance(a, (list, tuple))
+        else a
         for a in args
     )
-
-
-def _hashable(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _device_of(args: tuple[Any, ...]) -> str:
@@ -229,6 +231,8 @@ def _describe(args: tuple[Any, ...]) -> str:
     def one(a: Any) -> str:
         if isinstance(a, Tensor):
             return f"{str(a.dtype).removeprefix('torch.')}{list(a.shape)} {a.device.type}"
-        return repr(a)
+        if isinstance(a, (list, tuple)) and len(a) > _LONG:
+            return f"{len(a)} {'tensors' if isinstance(a[0], Tensor) else 'values'}"
+        return "[" + ", ".join(map(one, a)) + "]" if isinstance(a, (list, tuple)) else repr(a)
 
-    return ", ".join(one(a) for a in args)
+    return ", ".join(map(one, args))
