@@ -18,7 +18,15 @@ import nox
 sys.path.insert(0, str(Path(__file__).parent / ".ci"))
 
 from budgets import timed
-from distributions import DIST, audit, build_distributions, readme_installs, try_install
+from distributions import (
+    DIST,
+    audit,
+    build_distributions,
+    copy_place,
+    make_place,
+    readme_installs,
+    try_install,
+)
 from workspace import (
     BASE,
     COMPILE,
@@ -114,16 +122,21 @@ def docs(session: nox.Session) -> None:
 @nox.session
 @timed
 def wheels(session: nox.Session) -> None:
-    """Build sdists and wheels; install each, and each line of the README, into an empty place."""
+    """Build sdists and wheels; install each beside torch only, the README's lines into nothing."""
     python = own_python(session)
     install(session, python, (*BUILD, *COMPILE), [])
     build_distributions(session, python)
+    with_torch = make_place(session, "with-torch")
+    pip_install(session, str(with_torch / "bin" / "python"), "torch", "numpy")
     for short, package in PACKAGES.items():
-        files = (DIST.glob(f"brt_{name}-*.whl") for name in with_siblings(short))
-        try_install(session, [["install", *(str(next(found)) for found in files)]], package.module)
+        files = [next(DIST.glob(f"brt_{name}-*.whl")) for name in with_siblings(short)]
+        place = copy_place(with_torch, "wheel")
+        try_install(session, place, [["install", *map(str, files)]], package.module)
     for commands in readme_installs():
-        named = siblings_in(Path(word).name for word in " ".join(map(" ".join, commands)).split())
-        try_install(session, commands, *(PACKAGES[short].module for short in named))
+        words = [word for command in commands for word in command]
+        named = siblings_in(Path(word).name for word in words)
+        place = make_place(session, "empty")
+        try_install(session, place, commands, *(PACKAGES[short].module for short in named))
 
 
 @nox.session(venv_backend="none")

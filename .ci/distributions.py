@@ -41,11 +41,26 @@ def missing_from_sdist(package: Package) -> list[str]:
     return sorted(sources - carried)
 
 
-def try_install(session: nox.Session, commands: list[list[str]], *modules: str) -> None:
-    """Run pip's commands in a new environment, then import what they brought, away from here."""
-    place = Path(session.create_tmp()).resolve() / "empty"
+def make_place(session: nox.Session, name: str) -> Path:
+    """A new environment of its own."""
+    place = Path(session.create_tmp()).resolve() / name
     shutil.rmtree(place, ignore_errors=True)
     session.run("python", "-m", "venv", str(place), silent=True)
+    return place
+
+
+def copy_place(place: Path, name: str) -> Path:
+    """A copy of an environment: its files are links, so it costs next to nothing."""
+    copy = place.with_name(name)
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(place, copy, symlinks=True, copy_function=os.link)
+    return copy
+
+
+def try_install(
+    session: nox.Session, place: Path, commands: list[list[str]], *modules: str
+) -> None:
+    """Run pip's commands in an environment, then import what they brought, away from here."""
     env = {
         "PATH": f"{place / 'bin'}{os.pathsep}{os.environ['PATH']}",
         "PIP_CONSTRAINT": str(CONSTRAINTS),
