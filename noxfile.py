@@ -49,7 +49,7 @@ nox.options.reuse_venv = "yes"
 nox.options.error_on_missing_interpreters = True
 
 # What each kind of work needs beside the packages themselves; versions stand in constraints.txt.
-TEST = ("pytest", "pytest-timeout")
+TEST = ("pytest", "pytest-timeout", "hypothesis")
 LINT = ("ruff",)
 IMPORTS = ("import-linter",)
 TYPES = ("mypy",)
@@ -61,7 +61,8 @@ ALL_TOOLS = ("nox", *BASE, *COMPILE, *TEST, *LINT, *IMPORTS, *TYPES, *DOCS, *BUI
 CARRIED = {
     *("annotated-doc", "iniconfig", "markdown-it-py", "mdurl", "packaging", "pluggy", "pydantic"),
     *("pydantic_core", "annotated-types", "typing-inspection", "typing_extensions", "pygments"),
-    *("pytest", "pytest-timeout", "rich", "safetensors", "shellingham", "typer"),
+    *("pytest", "pytest-timeout", "hypothesis", "sortedcontainers"),
+    *("rich", "safetensors", "shellingham", "typer"),
 }
 
 
