@@ -41,6 +41,7 @@ _FACTORIES: list[Callable[..., Any]] = [
     *(torch.randint, torch.randn, torch.randperm, torch.zeros),
 ]
 _NOT_USER_CODE = (str(Path(torch.__file__).parent), __file__)
+_LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 _BRANCHES = (
     "its Python code branches on a value that only a call knows; make the decision a router's "
     "(brt.ScatterRouter, brt.EarlyExit, brt.LoopRouter) or torch.where's"
@@ -93,6 +94,7 @@ def trace(module: nn.Module, sample: Any = None) -> fx.GraphModule:
             f"it; trace that one{hint}"
         )
     tracer = Tracer(sample)
+    tracer.root = module
     before = dict(module.__dict__)
     try:
         _refuse_patched(module)
@@ -106,6 +108,8 @@ def trace(module: nn.Module, sample: Any = None) -> fx.GraphModule:
         # Constant tensors, which torch.fx leaves on the module that it traces
         constants = {name: module.__dict__.pop(name) for name in set(module.__dict__) - set(before)}
     for node in reversed(graph.nodes):
+        # Or the code made of the graph would wrap it for every later trace in this process
+        node.meta.pop("is_wrapped", None)
         if node.target is operator.getitem and not node.users:
             graph.erase_node(node)
     return _assemble(module, graph, constants, tracer.opaque)
@@ -416,7 +420,9 @@ def _mirror(
         if child is None or inner in targets or inner not in opened:
             modules[name] = child
         else:
-            modules[name] = container = built._modules.get(name) or nn.Module()
+            modules[name] = container = type(child)() if type(child) in _LISTS else nn.Module()
+            before = built._modules.get(name)
+            container._buffers = {} if before is None else dict(before._buffers)
             _mirror(child, container, inner, opened, targets)
     built._modules = modules
 

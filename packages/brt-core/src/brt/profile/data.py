@@ -275,6 +275,12 @@ class Profile:
 
         return load_profile(Path(path))
 
+    def to_json(self) -> dict[str, Any]:
+        """The statistics as plain values, for people's own programs; `save` keeps all of it."""
+        from brt.profile.show import summary
+
+        return summary(self)
+
     def plot(self, path: str | Path) -> None:
         """Draw the load of every path, and where cells go next, as a PNG. Needs matplotlib."""
         from brt.profile.show import plot

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
 from brt.errors import ProfileError
+from brt.files import atomic_write
 from brt.profile.data import Profile, RouterProfile
 
 SCHEMA = 1
@@ -31,11 +30,8 @@ def save_profile(profile: Profile, path: Path) -> None:
         "digest": _digest(header, tensors),
         "profile": header,
     }
-    data = save(tensors, metadata)
-    try:
-        write_whole(path, data)
-    except OSError as error:
-        raise ProfileError(f"save: cannot write {path}: {error}") from error
+    with atomic_write(path) as beside:
+        save_file(tensors, beside, metadata)
 
 
 def load_profile(path: Path) -> Profile:
@@ -62,19 +58,6 @@ def load_profile(path: Path) -> Profile:
 def digest_of(profile: Profile) -> str:
     """See `Profile.digest`."""
     return _digest(*_taken_apart(profile))
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that nobody ever sees a part of it."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def _taken_apart(profile: Profile) -> tuple[str, dict[str, Tensor]]:

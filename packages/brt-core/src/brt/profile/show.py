@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from brt.errors import ProfileError
-from brt.profile.data import Profile, RouterProfile
-from brt.profile.files import write_whole
+from brt.files import atomic_write
+from brt.profile.data import MARGIN_EDGES, Profile, RouterProfile
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,6 +57,49 @@ def _permanence(router: RouterProfile, path: int) -> str:
     return "  always" if router.always_P[path] else "  never" if router.never_P[path] else ""
 
 
+def summary(profile: Profile) -> dict[str, Any]:
+    """See `Profile.to_json`."""
+    return {
+        "model": profile.model,
+        "digest": profile.digest(),
+        "forwards": profile.num_forwards,
+        "routers": {key: _summary(router) for key, router in profile.routers.items()},
+        "joint": [
+            {"first": first, "second": second, "cells": counts.tolist()}
+            for (first, second), counts in profile.joint.items()
+        ],
+    }
+
+
+def _summary(router: RouterProfile) -> dict[str, Any]:
+    rows, fractions = router.rows, router.fractions
+    paths = [
+        {
+            "share": router.share_P[p].item(),
+            "always": bool(router.always_P[p]),
+            "never": bool(router.never_P[p]),
+        }
+        for p in range(router.num_paths)
+    ]
+    for what, loads in (("rows", rows), ("fraction", fractions)):
+        measures = {
+            "mean": loads.mean_P,
+            "min": loads.min_P,
+            "max": loads.max_P,
+            **{f"p{q}": loads.percentile_P(q) for q in (5, 50, 95)},
+        }
+        for p, path in enumerate(paths):
+            path[what] = {name: value_P[p].item() for name, value_P in measures.items()}
+    return {
+        "cells": router.cells,
+        "forwards": router.num_forwards,
+        "unrouted": router.unrouted,
+        "dropped": router.dropped,
+        "paths": paths,
+        "margins": {"edges": list(MARGIN_EDGES), "cells": router.margins_B.tolist()},
+    }
+
+
 def plot(profile: Profile, path: Path) -> None:
     """See `Profile.plot`."""
     try:
@@ -81,9 +123,8 @@ def plot(profile: Profile, path: Path) -> None:
     left_out = len(profile.routers) - len(routers)
     note = f", the first {len(routers)} of {len(profile.routers)} router calls" if left_out else ""
     figure.suptitle(f"{profile.model}: {profile.num_forwards} forwards{note}")
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    write_whole(path, picture.getvalue())
+    with atomic_write(path) as beside:
+        figure.savefig(beside, format="png", dpi=120)
 
 
 def _draw_loads(ax: Axes, router: RouterProfile) -> None:
