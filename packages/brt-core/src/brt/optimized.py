@@ -25,6 +25,13 @@ def expect(value: Any, fixed: Any, name: str) -> None:
         raise OtherArguments(name)
 
 
+@fx.node.has_side_effect
+def expect_given(value: Any, name: str) -> None:
+    """Leave the graph where an argument that the trace had is left out."""
+    if value is None:
+        raise OtherArguments(name)
+
+
 class StandIn(nn.Module):
     """A module in place of another: its parameters, buffers, submodules and hooks are shared."""
 

@@ -23,7 +23,7 @@ from brt.passes.match import (
     scatters,
     writes,
 )
-from brt.passes.verify import cloned, without_traces
+from brt.passes.verify import cloned, training, without_traces
 from brt.routers import GatherRouter, ScatterRouter
 
 _REDUCTIONS = (
@@ -47,10 +47,11 @@ class DropDeadPaths(Pass):
 
     def requires(self, graph: fx.GraphModule, ctx: Context) -> None:
         """An inference region without random numbers."""
-        if any(module.training for module in ctx.scope.modules()):
+        name = training(ctx.scope)
+        if name is not None:
             raise PassError(
-                "in training mode every branch runs, also without rows, so that its gradients are "
-                "zeros and not None; call model.eval() first"
+                f"{name} is in training mode, where every branch runs, also without rows, so that "
+                "its gradients are zeros and not None; call model.eval() first"
             )
         random = draws_random(graph.graph, ctx.scope)
         if random is not None:
@@ -197,6 +198,12 @@ class _Branch:
             where = argument(node, 1, "where")
             if not isinstance(where, fx.Node) or where not in self.inside:
                 return False
+        elif node.target is not operator.getitem and any(
+            _is_route(n, self.scope) for n in node.all_input_nodes
+        ):
+            return False
+        if writes(node, self.scope) and not self._writes_own(node):
+            return False
         if node.op in ("call_function", "call_method"):
             name = str(getattr(node.target, "__name__", node.target))
             return self._nothing.get(node, name not in _REDUCTIONS)
@@ -229,9 +236,6 @@ class _Branch:
                 return f"{node.name} writes in place between its nodes"
             if any(self._place[n] < last for n in self.behind):
                 return f"{node.name} writes in place, and others read the branch before its end"
-        for node in self.inside:
-            if writes(node, self.scope) and not self._writes_own(node):
-                return f"{node.name} writes to what is not the branch's own"
         return None
 
     def _writes_own(self, node: fx.Node) -> bool:

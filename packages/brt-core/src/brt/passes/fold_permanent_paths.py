@@ -236,20 +236,17 @@ class PermanentGather(Guarded):
         router = self.router
         if torch.compiler.is_compiling():
             return router(rows, where, residual)
-        out = self._merged(router, rows, where, residual)
-        self.guard.count(out is not None)
+        held = as_expected(where, self.always_P)
+        out = self._merged(router, rows, where, residual) if held and where.num_cells else None
+        self.guard.count(out is not None or (held and not where.num_cells))
         return router(rows, where, residual) if out is None else out
 
     def _merged(self, router: GatherRouter, rows: Any, where: Any, residual: Any) -> Any:
         """The result without indexing; None where the router is to do it, or to complain."""
         weight_R = where.weight_R if router.weighted else None
         wants_residual = router.add_residual or router.overflow == "residual"
-        if (
-            not as_expected(where, self.always_P)
-            or where.num_cells == 0
-            or (weight_R is not None and where.weighted)
-            or (residual is not None) != wants_residual
-        ):
+        twice = weight_R is not None and where.weighted
+        if twice or (residual is not None) != wants_residual:
             return None
         several = isinstance(rows[0], tuple)
         flows = list(zip(*rows, strict=True)) if several else [tuple(rows)]

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from brt import graph as tracing
 from brt.errors import PassError, ProfileError
 from brt.guard import compiled
-from brt.optimized import RegionModule, expect
+from brt.optimized import RegionModule, expect, expect_given
 from brt.passes.base import Call
 from brt.passes.run import Work
 from brt.passes.verify import Moved, cloned, generators, without_traces
@@ -161,11 +161,22 @@ def _adopt(path: str, scope: nn.Module, graph: fx.GraphModule, calls: tuple[Call
             scope.register_buffer(name, tensor, persistent=False)
     for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
         graph.__dict__[name] = scope.__dict__[name]
-    for node in graph.graph.nodes:
-        if node.target is tracing.expect:
-            node.target = expect
+    _check_arguments(graph.graph)
     graph.recompile()
     return Work(path, scope, graph, calls)
+
+
+def _check_arguments(graph: fx.Graph) -> None:
+    """Let a graph end by `OtherArguments` where it is called unlike the trace."""
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    for node in graph.nodes:
+        if node.target is tracing.expect:
+            node.target = expect
+    with graph.inserting_after(inputs[-1] if inputs else None):
+        for node in inputs:
+            fixed = any(user.target is expect for user in node.users)
+            if node.args == (None,) and node.users and not fixed:
+                graph.call_function(expect_given, (node, str(node.target)))
 
 
 def _wrong_trace(work: Work) -> str | None:

@@ -117,7 +117,7 @@ def without_traces(model: nn.Module, seed: int = 0) -> Iterator[None]:
     training mode) and the states of generators get their values back.
     """
     buffers = [b for b in model.buffers() if not b.is_meta]
-    kept = [(b, b._version, b.detach().clone()) for b in buffers]
+    kept = [(b, b.detach().clone()) for b in buffers] if training(model) else []
     drawn = [(generator, generator.get_state()) for generator in generators(model)]
     devices = sorted({t.device.index or 0 for t in (*model.parameters(), *buffers) if t.is_cuda})
     with torch.no_grad(), torch.random.fork_rng(devices):
@@ -125,11 +125,16 @@ def without_traces(model: nn.Module, seed: int = 0) -> Iterator[None]:
         try:
             yield
         finally:
-            for buffer, version, value in kept:
-                if buffer._version != version:
+            for buffer, value in kept:
+                if not torch.equal(buffer, value):
                     buffer.copy_(value)
             for generator, state in drawn:
                 generator.set_state(state)
+
+
+def training(model: nn.Module) -> str | None:
+    """The first module in training mode, by name ("the model" for the root); None for none."""
+    return next((name or "the model" for name, m in model.named_modules() if m.training), None)
 
 
 def generators(model: nn.Module) -> list[torch.Generator]:

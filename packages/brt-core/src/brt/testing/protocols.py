@@ -132,13 +132,16 @@ def _differentiates(rules: Rules, protocol: Protocol, scores: Tensor, num_paths:
 
 
 def _refuses(rules: Rules, protocol: Protocol, scores: Tensor, num_paths: int) -> None:
-    bad = scores.clone()
-    bad[0] = torch.nan
-    for what, given in (
-        ("NaN", bad),
+    quiet = protocol.without_noise()
+    flipped = scores.flip(-1)
+    if quiet.stochastic or equal(quiet(scores, num_paths), quiet(flipped, num_paths)):
+        return  # it does not look at the scores
+    bad = (
+        ("NaN", torch.full_like(scores, torch.nan)),
         ("more columns than paths", torch.cat([scores, scores], -1)),
         ("scores of rank 1", scores[0]),
-    ):
+    )
+    for what, given in bad:
         try:
             protocol(given, num_paths)
         except ProtocolError:
