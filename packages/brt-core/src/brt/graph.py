@@ -421,8 +421,9 @@ def _mirror(
             modules[name] = child
         else:
             modules[name] = container = type(child)() if type(child) in _LISTS else nn.Module()
-            before = built._modules.get(name)
-            container._buffers = {} if before is None else dict(before._buffers)
+            made = built._modules.get(name)
+            if made is not None:  # by torch.fx, with what the graph refers to
+                container._buffers, container._modules = made._buffers, made._modules
             _mirror(child, container, inner, opened, targets)
     built._modules = modules
 

@@ -53,7 +53,7 @@ def each(modules: Iterable[nn.Module], paths: Iterable[Any]) -> list[Any]:
     return outs
 
 
-def grouped(modules: Sequence[nn.Module], rows_RI: Tensor, route: Route) -> Tensor:
+def grouped(modules: Iterable[nn.Module], rows_RI: Tensor, route: Route) -> Tensor:
     """Run module p on the rows of path p, all in one operator a layer; ``[R, O]``.
 
     ``rows_RI`` are packed rows (``ScatterRouter(result="packed")``). The modules must be alike:
@@ -62,8 +62,9 @@ def grouped(modules: Sequence[nn.Module], rows_RI: Tensor, route: Route) -> Tens
     for the loads where the kernel does not (`brt.ops.explain`). Gradients reach every module's own
     parameters.
     """
+    modules = list(modules)
     if has_torch_function((rows_RI,)):
-        return handle_torch_function(grouped, (rows_RI,), list(modules), rows_RI, route)
+        return handle_torch_function(grouped, (rows_RI,), modules, rows_RI, route)
     if len(modules) != route.num_paths:
         raise RouteError(f"grouped: {len(modules)} modules for a route of {route.num_paths} paths")
     if not isinstance(rows_RI, Tensor):

@@ -73,7 +73,7 @@ def summary(profile: Profile) -> dict[str, Any]:
 
 def _summary(router: RouterProfile) -> dict[str, Any]:
     rows, fractions = router.rows, router.fractions
-    paths = [
+    paths: list[dict[str, Any]] = [
         {
             "share": router.share_P[p].item(),
             "always": bool(router.always_P[p]),
