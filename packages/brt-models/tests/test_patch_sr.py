@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from brt.errors import BrtError
 from brt_models import patch_sr, photos, quality
@@ -36,9 +36,10 @@ def small(config: PatchSRConfig = SMALL, seed: int = 0) -> PatchSR:
     model = PatchSR(config).eval()
     with torch.no_grad():
         noise_NCHW = torch.rand(200, 3, 12, 12) * torch.rand(200, 3, 1, 1)
-        scores_NP = model.gate(patch_sr.centred(noise_NCHW))
-        model.gate.linear.weight.div_(scores_NP.std(0)[:, None])
-        model.gate.linear.bias.sub_(scores_NP.mean(0)).div_(scores_NP.std(0))
+        log_error_NP = model.gate.log_error(patch_sr.centred(noise_NCHW))
+        model.gate.linear.weight.div_(log_error_NP.std(0)[:, None])
+        model.gate.linear.bias.sub_(log_error_NP.mean(0)).div_(log_error_NP.std(0))
+        model.gate.cost_P.zero_()
     return model
 
 
@@ -97,7 +98,7 @@ def test_all_on_one_path_gives_gradients_to_every_branch() -> None:
     model = small().train()
     with torch.no_grad():
         model.gate.linear.weight.zero_()
-        model.gate.linear.bias.copy_(torch.tensor([0.0, 1.0, 0.0]))
+        model.gate.linear.bias.copy_(torch.tensor([9.0, 0.0, 9.0]))
     model(torch.rand(1, 3, 20, 20)).sum().backward()
     for path, branch in enumerate(model.branches):
         total = sum(float(p.grad.abs().sum()) for p in branch.parameters() if p.grad is not None)
@@ -151,6 +152,7 @@ def test_no_photos_at_all() -> None:
         ({"upsampler": "nearest"}, "no upsampler 'nearest': direct, progressive"),
         ({"upsampler": "progressive", "scale": 3}, "a power of two, got 3"),
         ({"gate_channels": ()}, "no gate"),
+        ({"price": 0.0}, "price must be over 0"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -169,10 +171,36 @@ def test_livesr_is_the_shape_that_was_measured() -> None:
         assert model(torch.rand(1, 3, 40, 40)).shape == (1, 3, 160, 160)
 
 
-def test_multiply_adds_are_counted() -> None:
-    config = PatchSRConfig(channels=(8,), blocks=(2,), size=32)
-    convolutions = 3 * 8 + 4 * 8 * 8 + 8 * 48
-    assert patch_sr.macs_per_cell(config) == (9 * 32 * 32 * convolutions,)
+@pytest.mark.parametrize("upsampler", ["direct", "progressive"])
+def test_multiply_adds_are_those_of_the_convolutions(upsampler: Upsampler) -> None:
+    model = PatchSR(replace(SMALL, upsampler=upsampler))
+    for path, branch in enumerate(model.branches):
+        counted = []
+
+        def count(conv: nn.Module, args: object, out: Tensor, counted: list[int] = counted) -> None:
+            counted.append(conv.weight.numel() * out.shape[2] * out.shape[3])
+
+        for module in branch.modules():
+            if isinstance(module, nn.Conv2d):
+                module.register_forward_hook(count)
+        branch(torch.rand(1, 3, SMALL.size, SMALL.size))
+        assert sum(counted) == model.config.macs_P[path]
+
+
+@torch.inference_mode()
+def test_a_higher_price_spends_less() -> None:
+    x_BCHW = torch.rand(1, 3, 60, 60)
+    spent = []
+    for price in (1e-9, 1e-2, 1e9):
+        torch.manual_seed(0)
+        model = PatchSR(replace(SMALL, price=price)).eval()
+        model.gate.linear.bias.copy_(torch.tensor([-4.0, -5.0, -6.0]))  # wider is better
+        with quality.loads(model.scatter) as load_P:
+            model(x_BCHW)
+        spent.append(sum(n * cost for n, cost in zip(load_P, model.config.macs_P, strict=True)))
+    assert spent == sorted(spent, reverse=True)
+    assert spent[0] == 49 * max(model.config.macs_P)
+    assert spent[-1] == 49 * min(model.config.macs_P)
 
 
 def test_save_and_load(tmp_path: Path) -> None:
@@ -236,6 +264,6 @@ def test_the_shipped_gate_spends_where_it_helps(shipped: PatchSR) -> None:
     cheapest = copy.deepcopy(shipped)
     with torch.no_grad():
         cheapest.gate.linear.weight.zero_()
-        cheapest.gate.linear.bias.copy_(torch.tensor([1.0, 0.0, 0.0, 0.0]))
+        cheapest.gate.linear.bias.copy_(torch.tensor([-20.0, 0.0, 0.0, 0.0]))
     plain = quality.compare(high_BCHW, cheapest(low_BCHW), 4, "china")
     assert routed.rgb > plain.rgb + 0.1

@@ -48,21 +48,7 @@ def test_one_seed_draws_the_same_patches() -> None:
     assert not torch.equal(one, other)
 
 
-def test_the_price_spends_the_budget() -> None:
-    generator = torch.Generator().manual_seed(0)
-    cost_P = torch.tensor([0.1, 0.3, 1.0])
-    difficulty_N1 = torch.rand(2000, 1, generator=generator) * 1e-3
-    error_NP = difficulty_N1 * torch.tensor([1.0, 0.7, 0.5])
-    for budget in (0.2, 0.5, 0.9):
-        price = training.price_of(budget, error_NP, cost_P)
-        spent = cost_P[(error_NP + price * cost_P).argmin(1)].mean()
-        assert spent == pytest.approx(budget, abs=0.01)
-    assert training.price_of(1.0, error_NP, cost_P) == pytest.approx(0, abs=1e-9)
-
-
 def test_recipes_that_fit_nothing() -> None:
-    with pytest.raises(BrtError, match="budget must be over 0"):
-        training.Recipe(budget=0)
     with pytest.raises(BrtError, match="one number a path"):
         training.Recipe(branch_steps=(1, 2))
     config = PatchSRConfig(channels=(4,), blocks=(0,))

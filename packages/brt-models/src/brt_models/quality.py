@@ -78,14 +78,17 @@ def compare(high_BCHW: Tensor, out_BCHW: Tensor, scale: int, name: str) -> Quali
 
 
 def measure(
-    upscale: Callable[[Tensor], Tensor], which: Iterable[Photo], scale: int
+    upscale: Callable[[Tensor], Tensor],
+    which: Iterable[Photo],
+    scale: int,
+    device: torch.device | None = None,
 ) -> tuple[Quality, ...]:
-    """Shrink each photo, upscale it again, compare."""
+    """Shrink each photo, upscale it again (on ``device``), compare."""
     found = []
     for photo in which:
         high_BCHW = crop_to_multiple(photos.load(photo)[None], scale)
         with torch.inference_mode():
-            out_BCHW = upscale(shrink(high_BCHW, scale))
+            out_BCHW = upscale(shrink(high_BCHW, scale).to(device)).cpu()
         found.append(compare(high_BCHW, out_BCHW, scale, photo.name))
     return tuple(found)
 

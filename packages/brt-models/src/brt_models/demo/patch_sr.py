@@ -25,7 +25,7 @@ from brt.files import atomic_write
 from brt_models import patch_sr, photos, quality
 from brt_models.demo.pictures import draw_comparison, draw_routing
 from brt_models.demo.timing import alternate
-from brt_models.patch_sr import PatchSR, macs_per_cell
+from brt_models.patch_sr import PatchSR
 from brt_models.patch_sr.network import at_least
 from brt_models.picture_files import read, write
 from brt_models.quality import Quality
@@ -180,7 +180,7 @@ def _compare(upscale: Callable[[Tensor], Tensor], x_BCHW: Tensor, name: str, fil
 
 def _compute_share(model: PatchSR, path_N: Sequence[int]) -> float:
     """Multiply-adds spent, as a fraction of sending every patch to the largest network."""
-    macs_P = macs_per_cell(model.config)
+    macs_P = model.config.macs_P
     return sum(macs_P[path] for path in path_N) / (len(path_N) * max(macs_P))
 
 

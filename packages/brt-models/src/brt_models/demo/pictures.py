@@ -45,7 +45,7 @@ def draw_routing(
     figure = Figure(figsize=size, layout="constrained", facecolor="white")
     plain, routed = figure.subplots(1, 2)
     plain.imshow(pixels_HWC)
-    routed.imshow(0.35 + 0.65 * grey_HWC, vmin=0, vmax=1)
+    routed.imshow(0.55 + 0.45 * grey_HWC, vmin=0, vmax=1)
     for axes in (plain, routed):
         axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
         axes.axis("off")

@@ -10,7 +10,6 @@ LiveSR: Brainstorm, OSDI 2023, section 5.2, on NAS (OSDI 2018). ClassSR: Kong et
 
 from brt_models.patch_sr.config import PatchSRConfig
 from brt_models.patch_sr.files import load, pretrained, save
-from brt_models.patch_sr.macs import macs_per_cell
 from brt_models.patch_sr.network import Branch, Gate, PatchSR, centred, livesr, sample
 
 __all__ = [
@@ -21,7 +20,6 @@ __all__ = [
     "centred",
     "livesr",
     "load",
-    "macs_per_cell",
     "pretrained",
     "sample",
     "save",

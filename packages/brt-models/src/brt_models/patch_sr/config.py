@@ -17,7 +17,9 @@ class PatchSRConfig:
     ``upsampler="direct"`` makes all s*s sub-pixels by one convolution, ``"progressive"`` doubles
     the resolution step by step as MDSR does (s a power of two). ``residual_scale`` multiplies what
     a block adds; deep branches need it below 1. ``gate_channels`` are the features of the gate's
-    convolutions, each of stride 2.
+    convolutions, each of stride 2. ``price`` is the squared error (values 0 to 1) that the gate
+    lets the most expensive path save at least, compared with a path that costs nothing: higher is
+    faster and worse.
     """
 
     channels: tuple[int, ...] = (8, 16, 16, 32)
@@ -28,6 +30,7 @@ class PatchSRConfig:
     upsampler: Upsampler = "direct"
     residual_scale: float = 1.0
     gate_channels: tuple[int, ...] = (16, 32, 32)
+    price: float = 3e-4
 
     def __post_init__(self) -> None:
         if not self.channels or len(self.channels) != len(self.blocks):
@@ -51,6 +54,8 @@ class PatchSRConfig:
             raise BrtError(f"PatchSRConfig: progressive needs a power of two, got {self.scale}")
         if not self.gate_channels or min(self.gate_channels) < 1:
             raise BrtError(f"PatchSRConfig: no gate of gate_channels={self.gate_channels}")
+        if self.price <= 0:
+            raise BrtError(f"PatchSRConfig: price must be over 0, got {self.price}")
 
     @classmethod
     def livesr(cls, channels: int = 8, num_paths: int = 10, num_blocks: int = 80) -> PatchSRConfig:
@@ -72,3 +77,18 @@ class PatchSRConfig:
         """What to call each path in a legend."""
         shapes = zip(self.channels, self.blocks, strict=True)
         return tuple(f"{channels} channels, {blocks} blocks" for channels, blocks in shapes)
+
+    @property
+    def macs_P(self) -> tuple[int, ...]:
+        """Multiply-adds that each path spends on one patch."""
+        scale, doublings = self.scale, self.scale.bit_length() - 1
+        macs = []
+        for channels, blocks in zip(self.channels, self.blocks, strict=True):
+            if self.upsampler == "direct":
+                tail = 3 * scale**2 * channels
+            else:
+                grown = sum(4 * channels**2 * 4**step for step in range(doublings))
+                tail = channels**2 + grown + 3 * channels * scale**2
+            weights = 3 * channels + 2 * blocks * channels**2 + tail
+            macs.append(9 * weights * self.size**2)
+        return tuple(macs)

@@ -67,7 +67,13 @@ class Branch(nn.Module):
 
 
 class Gate(nn.Module):
-    """How well each path suits each patch: [N, 3, H, W] -> scores [N, P]."""
+    """How well each path suits each patch: [N, 3, H, W] -> scores [N, P].
+
+    It predicts the squared error that each path would make; a score is what error and multiply-adds
+    cost together, negated, in units of the most expensive path.
+    """
+
+    cost_P: Tensor
 
     def __init__(self, config: PatchSRConfig) -> None:
         super().__init__()
@@ -78,10 +84,17 @@ class Gate(nn.Module):
             channels = wider
         self.features = nn.Sequential(*layers)
         self.linear = nn.Linear(channels, config.num_paths)
+        self.price = config.price
+        cost_P = torch.tensor(config.macs_P, dtype=torch.get_default_dtype())
+        self.register_buffer("cost_P", cost_P / max(config.macs_P), persistent=False)
+
+    def log_error(self, x_NCHW: Tensor) -> Tensor:
+        """[N, 3, H, W] -> the logarithm of each path's mean squared error [N, P]."""
+        return self.linear(self.features(x_NCHW).mean((2, 3)))
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """[N, 3, H, W] -> [N, P]."""
-        return self.linear(self.features(x_NCHW).mean((2, 3)))
+        return -(self.log_error(x_NCHW).exp() / self.price + self.cost_P)
 
 
 class PatchSR(nn.Module):

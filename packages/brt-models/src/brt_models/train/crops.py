@@ -31,11 +31,17 @@ class Crops:
     """
 
     def __init__(
-        self, high: Sequence[Tensor], scale: int, size: int, generator: torch.Generator
+        self,
+        high: Sequence[Tensor],
+        scale: int,
+        size: int,
+        generator: torch.Generator,
+        device: torch.device | None = None,
     ) -> None:
         self.scale = scale
         self.size = size
         self.generator = generator
+        self.device = device
         self.zoomed = [self._zoom(x_CHW, zoom) for x_CHW in high for zoom in ZOOMS]
         self.refresh()
 
@@ -51,7 +57,7 @@ class Crops:
         )
         drawn = [self._crop(self.pairs[photo]) for photo in photo_N.tolist()]
         low, residual = zip(*drawn, strict=True)
-        return torch.stack(low), torch.stack(residual)
+        return torch.stack(low).to(self.device), torch.stack(residual).to(self.device)
 
     def _int(self, below: int) -> int:
         return int(torch.randint(below, (), generator=self.generator))

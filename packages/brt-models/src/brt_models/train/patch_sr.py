@@ -1,8 +1,9 @@
 """Train the patch super-resolution network: ``python -m brt_models.train.patch_sr``.
 
-Four stages: every branch alone, on all patches; the gate, on the errors that the branches then
-make; the branches through the routers, each on the patches it gets; the gate again. What looks
-at results uses the photos of the split "profile"; "held-out" is measured once, at the end.
+Four stages: every branch alone, on all patches; the gate, which learns to predict the error that
+each branch makes; the branches through the routers, each on the patches it gets; the gate again.
+Choices by looking at results used the photos of the split "profile"; "held-out" is measured once,
+at the end.
 
 Shape letters: N patches, P paths, C colours, H height, W width.
 """
@@ -27,19 +28,19 @@ from brt import annotate_patches
 from brt.errors import BrtError
 from brt.files import atomic_write
 from brt_models import photos, quality
-from brt_models.patch_sr import PatchSR, PatchSRConfig, centred, macs_per_cell, save
+from brt_models.patch_sr import Gate, PatchSR, PatchSRConfig, centred, save
 from brt_models.resampling import enlarge
 from brt_models.train.crops import Crops
 from brt_models.train.log import Log
+
+GREY_LEVEL = 1 / 255
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Everything that decides the weights, but the machine.
 
-    ``budget`` is the compute that routing may spend on the training patches, as a fraction of
-    what the most expensive path would take for all of them. Rates are the highest of a one-cycle
-    schedule.
+    Rates are the highest of a one-cycle schedule.
     """
 
     seed: int = 0
@@ -47,17 +48,15 @@ class Recipe:
     branch_steps: tuple[int, ...] = (1500, 2000, 2000, 3500)
     branch_rates: tuple[float, ...] = (4e-3, 3e-3, 2e-3, 2e-3)
     gate_patches: int = 6144
-    gate_epochs: int = 40
-    gate_rate: float = 2e-3
+    gate_epochs: int = 20
+    gate_batch: int = 64
+    gate_rate: float = 3e-3
     specialise_steps: int = 1000
     specialise_rate: float = 5e-4
-    budget: float = 0.5
     refresh_every: int = 100  # steps
     measure_every: int = 500  # steps
 
     def __post_init__(self) -> None:
-        if not 0 < self.budget <= 1:
-            raise BrtError(f"Recipe: budget must be over 0 and at most 1, got {self.budget}")
         if len(self.branch_steps) != len(self.branch_rates):
             raise BrtError("Recipe: branch_steps and branch_rates need one number a path")
 
@@ -67,8 +66,10 @@ class Recipe:
         return cls(branch_steps=(2,) * 4, gate_patches=64, gate_epochs=2, specialise_steps=2)
 
 
-def train(recipe: Recipe, config: PatchSRConfig, log: Log) -> PatchSR:
-    """The trained model, in eval mode."""
+def train(
+    recipe: Recipe, config: PatchSRConfig, log: Log, device: torch.device | None = None
+) -> PatchSR:
+    """The trained model, in eval mode, on the CPU; ``device`` is where it is trained."""
     if len(recipe.branch_steps) != config.num_paths:
         raise BrtError(
             f"train: the recipe is for {len(recipe.branch_steps)} paths, "
@@ -77,18 +78,20 @@ def train(recipe: Recipe, config: PatchSRConfig, log: Log) -> PatchSR:
     torch.manual_seed(recipe.seed)
     model = PatchSR(config)
     start_at_bicubic(model)
+    model.to(device)
     crops = Crops(
         [photos.load(photo) for photo in photos.split("train")],
         config.scale,
         config.size,
         torch.Generator().manual_seed(recipe.seed),
+        device,
     )
     for path in range(config.num_paths):
         train_branch(model, path, crops, recipe, log)
     train_gate(model, crops, recipe, log, "gate")
     train_specialists(model, crops, recipe, log)
     train_gate(model, crops, recipe, log, "gate again")
-    return model.eval()
+    return model.cpu().eval()
 
 
 def start_at_bicubic(model: PatchSR) -> None:
@@ -164,39 +167,37 @@ def descend(
             schedule.step()
             gain = None
             if step % recipe.measure_every == 0 or step == num_steps:
-                found = quality.measure(upscale, photos.split("profile"), crops.scale)
+                found = quality.measure(upscale, photos.split("profile"), crops.scale, crops.device)
                 gain = quality.mean_gain(found)
             stage.step(step, loss.item(), gain)
 
 
 def train_gate(model: PatchSR, crops: Crops, recipe: Recipe, log: Log, name: str) -> None:
-    """The gate learns to spend the budget where it lowers the error most.
+    """The gate learns to predict the error of each path; what it does with it is the config's.
 
-    A choice costs its squared error plus a price for its multiply-adds. The price is the one at
-    which the best choices spend the budget. The loss is what a choice drawn from the gate's
-    softmax would cost above the best one: an expectation over few paths, so it is exact.
+    It fits logarithms, or the few patches with large errors would be all that counts. Errors below
+    one grey level count as one.
     """
+    gate = model.gate
+    assert isinstance(gate, Gate)
     crops.refresh()
     cells_NCHW, error_NP = errors(model, crops, recipe.gate_patches)
-    macs_P = torch.tensor(macs_per_cell(model.config), dtype=torch.float32)
-    cost_P = macs_P / macs_P.max()
-    cost_NP = error_NP + price_of(recipe.budget, error_NP, cost_P) * cost_P
-    regret_NP = cost_NP - cost_NP.amin(1, keepdim=True)
-    regret_NP /= regret_NP.mean()
+    wanted_NP = (error_NP + GREY_LEVEL**2).log()
+    with torch.no_grad():
+        gate.linear.bias.copy_(wanted_NP.mean(0))
 
     num_cells = len(cells_NCHW)
-    batch = min(128, num_cells)
-    optimizer = torch.optim.Adam(model.gate.parameters(), recipe.gate_rate)
+    batch = min(recipe.gate_batch, num_cells)
+    optimizer = torch.optim.Adam(gate.parameters(), recipe.gate_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, recipe.gate_rate, total_steps=recipe.gate_epochs * (num_cells // batch)
     )
     with log.stage(name, recipe.gate_epochs) as stage:
         for epoch in range(1, recipe.gate_epochs + 1):
-            order_N = torch.randperm(num_cells, generator=crops.generator)
+            order_N = torch.randperm(num_cells, generator=crops.generator).to(crops.device)
             losses = []
             for picked_N in order_N[: num_cells - num_cells % batch].split(batch):
-                share_NP = model.gate(cells_NCHW[picked_N]).softmax(1)
-                loss = (share_NP * regret_NP[picked_N]).sum(1).mean()
+                loss = F.mse_loss(gate.log_error(cells_NCHW[picked_N]), wanted_NP[picked_N])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -216,16 +217,6 @@ def errors(model: PatchSR, crops: Crops, num_patches: int) -> tuple[Tensor, Tens
         all_cells.append(cells_NCHW)
         all_errors.append(torch.stack([lack.square().mean((1, 2, 3)) for lack in lacks], 1))
     return torch.cat(all_cells), torch.cat(all_errors)
-
-
-def price_of(budget: float, error_NP: Tensor, cost_P: Tensor) -> float:
-    """The least price at which the smallest of error + price * cost spend ``budget`` a patch."""
-    low, high = 0.0, 1.0
-    for _ in range(40):
-        price = (low + high) / 2
-        spent = cost_P[(error_NP + price * cost_P).argmin(1)].mean().item()
-        low, high = (price, high) if spent > budget else (low, price)
-    return high
 
 
 def report(model: PatchSR, console: Console) -> list[dict[str, object]]:
@@ -259,19 +250,20 @@ def main(
     ),
     seed: Annotated[int, typer.Option(help="Of weights and patches.")] = 0,
     threads: Annotated[int, typer.Option(help="The same number gives the same weights.")] = 2,
+    device: Annotated[str, typer.Option(help="Where to train: cpu, cuda.")] = "cpu",
     quick: Annotated[bool, typer.Option(help="A few steps, to see that it runs.")] = False,
 ) -> None:
     """Train the patch super-resolution network on photos that Python packages ship."""
     torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=device != "cpu")
     console = Console()
     log = Log(console)
     recipe = Recipe.quick() if quick else Recipe()
     recipe = Recipe(**(asdict(recipe) | {"seed": seed}))
     started = time.perf_counter()
-    model = train(recipe, PatchSRConfig(), log)
+    model = train(recipe, PatchSRConfig(), log, torch.device(device))
     seconds = time.perf_counter() - started
-    save(model, out / "patch_sr.safetensors", asdict(recipe) | {"threads": threads})
+    save(model, out / "patch_sr.safetensors", asdict(recipe) | {"device": device})
     log.plot(out / "curves.png")
     rows = report(model, console)
     figures = {"seconds": round(seconds), "recipe": asdict(recipe), "photos": rows}

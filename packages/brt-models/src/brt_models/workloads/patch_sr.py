@@ -16,7 +16,7 @@ from brt.bench import Variant, Workload
 from brt.bench.workload import Kind
 from brt.errors import BrtError
 from brt_models import photos, resampling
-from brt_models.patch_sr import PatchSR, centred, livesr, macs_per_cell, pretrained
+from brt_models.patch_sr import PatchSR, centred, livesr, pretrained
 from brt_models.patch_sr.network import at_least
 from brt_models.quality import loads
 
@@ -137,9 +137,7 @@ def _workload(
 ) -> Workload:
     (x_BCHW,) = sets[0]
     load_P = _loads(model, x_BCHW)
-    flops = 2.0 * sum(
-        load * macs for load, macs in zip(load_P, macs_per_cell(model.config), strict=True)
-    )
+    flops = 2.0 * sum(load * macs for load, macs in zip(load_P, model.config.macs_P, strict=True))
     plain = IndexLoop(model)
 
     def channels_last() -> Callable[[Tensor], Tensor]:
