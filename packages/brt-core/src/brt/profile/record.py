@@ -338,4 +338,5 @@ def _with_bar(batches: Iterable[Any], wanted: bool) -> Iterator[Any]:
                 bar.start()
             yield batch
     finally:
-        bar.stop()
+        if bar.live.is_started:
+            bar.stop()
