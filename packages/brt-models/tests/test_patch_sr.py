@@ -107,6 +107,7 @@ def test_all_on_one_path_gives_gradients_to_every_branch() -> None:
         assert (total > 0) == (path == 1)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 @pytest.mark.slow
 @torch.inference_mode()
 def test_compiles_into_one_graph() -> None:

@@ -131,8 +131,8 @@ def _fitting(photo_CHW: Tensor, console: Console) -> Tensor:
 def _compiled(
     model: PatchSR, x_BCHW: Tensor, console: Console
 ) -> dict[str, Callable[[Tensor], Tensor]]:
-    compiled = torch.compile(model)
     try:
+        compiled = torch.compile(model)
         with torch.inference_mode():
             compiled(x_BCHW)
     except Exception as error:  # whatever its backend raises: the demo goes on without
