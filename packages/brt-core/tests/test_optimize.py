@@ -338,6 +338,32 @@ def test_other_arguments_than_the_sample_s() -> None:
         assert fast.stats["region:model"].fallbacks > 0
 
 
+class Constants(Residual):
+    """Tensors that are no state: in attributes, at two depths, and made in forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain = torch.linspace(0, 1, DIM)
+        self.mixture.plain = torch.linspace(1, 2, DIM)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.mixture(x) * self.plain + self.mixture.plain * torch.tensor([2.0] * DIM)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_tensors_that_are_no_state(dtype: torch.dtype) -> None:
+    model = Constants()
+    fast = made(model)
+    assert list(dict(fast.named_buffers())) == list(dict(model.named_buffers()))
+    for one in (fast, copy.deepcopy(fast)):
+        one.to(dtype)
+        twin = copy.deepcopy(model).to(dtype)
+        with torch.no_grad():
+            for x in batches():
+                torch.testing.assert_close(one(x.to(dtype)), twin(x.to(dtype)))
+    assert_same(made(model), model)
+
+
 def test_a_compiled_result_gives_the_same() -> None:
     model = Residual()
     fast = made(model)

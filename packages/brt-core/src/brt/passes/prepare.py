@@ -155,10 +155,9 @@ def _adopt(path: str, scope: nn.Module, graph: fx.GraphModule, calls: tuple[Call
     for name, tensor in graph._buffers.items():
         if name in scope._buffers:
             continue
-        if hasattr(scope, name):  # a tensor in a plain attribute
-            graph.__dict__[name] = tensor
-        else:  # a constant of the trace
-            scope.register_buffer(name, tensor, persistent=False)
+        # A constant of the trace, or a tensor in a plain attribute: neither is ever converted
+        scope.__dict__.setdefault(name, tensor)
+        graph.__dict__[name] = tensor
     for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
         graph.__dict__[name] = scope.__dict__[name]
     _check_arguments(graph.graph)
