@@ -11,7 +11,6 @@ from __future__ import annotations
 import sys
 import warnings
 from importlib import import_module, metadata
-from importlib.util import find_spec
 from typing import Annotated
 
 import typer
@@ -74,8 +73,7 @@ def make_app() -> typer.Typer:
         pass
 
     for name in COMMANDS:
-        if find_spec(f"brt.cli.{name}"):
-            import_module(f"brt.cli.{name}").register(app)
+        import_module(f"brt.cli.{name}").register(app)
     return app
 
 
