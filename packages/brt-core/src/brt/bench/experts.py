@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import brt
 from brt import ops
 from brt.bench.loads import Skew, choices, skewed_scores
-from brt.bench.routing import under
+from brt.bench.routing import offsets, under
 from brt.bench.workload import Unavailable, Variant, Workload
 
 _TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 1e-5, torch.float64: 1e-12}
@@ -143,8 +143,7 @@ def _padded(up_PHD: Tensor, down_PDH: Tensor, fullest: int) -> Callable[..., Ten
     def run(x_ND: Tensor, choice_NK: Tensor, weight_NK: Tensor) -> Tensor:
         order_R, cell_R = _sorted(choice_NK)
         path_R = choice_NK.flatten()[order_R]
-        load_P = path_R.bincount(minlength=num_paths)
-        first_P = load_P.cumsum(0) - load_P
+        first_P = F.pad(offsets(choice_NK, num_paths), (1, 0))
         seat_R = torch.arange(len(path_R), device=x_ND.device) - first_P[path_R]
         place_R = path_R * fullest + seat_R
         padded = x_ND.new_zeros(num_paths * fullest, x_ND.shape[1])
@@ -163,8 +162,7 @@ def _grouped_mm(up_PHD: Tensor, down_PDH: Tensor) -> Callable[..., Tensor]:
 
     def run(x_ND: Tensor, choice_NK: Tensor, weight_NK: Tensor) -> Tensor:
         order_R, cell_R = _sorted(choice_NK)
-        load_P = choice_NK.flatten().bincount(minlength=up_PHD.shape[0])
-        offs = load_P.cumsum(0).to(torch.int32)
+        offs = offsets(choice_NK, up_PHD.shape[0]).to(torch.int32)
         hidden_RH = product(x_ND[cell_R], up_PHD.transpose(1, 2), offs=offs).relu_()
         rows_RD = product(hidden_RH, down_PDH.transpose(1, 2), offs=offs)
         return _weighted_sum(rows_RD, order_R, weight_NK)

@@ -47,7 +47,7 @@ class Lane:
         try:
             step()
         except Unavailable as reason:
-            self.stop("skipped", str(reason))
+            self.stop("skipped", str(reason).strip().partition("\n")[0])
         except Exception as error:
             self.stop("failed", _reason(error))
         return self.status == "ok"

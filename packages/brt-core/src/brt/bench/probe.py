@@ -20,6 +20,7 @@ import torch
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _DEFAULT_CACHE = 32 << 20
 _MAX_SETS = 64
+_SMALLEST, _LARGEST, _PROBE_SECONDS = 768, 6144, 3e-3
 
 # Parameters of mallopt, from malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -31,16 +32,24 @@ class GemmProbe:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.size = 768 if device.type == "cpu" else 4096
-        shape = (self.size, self.size)
-        self._a = torch.ones(shape, device=device)
-        self._b = torch.ones(shape, device=device)
-        self._out = torch.empty(shape, device=device)
+        self._resize(_SMALLEST)
+        # As large as takes a few milliseconds: less would measure how threads are started
+        while self.size < _LARGEST:
+            self._once()
+            if min(self._once(), self._once()) > _PROBE_SECONDS:
+                break
+            self._resize(3 * self.size // 2)
 
     def __call__(self) -> float:
         """Measure now."""
         seconds = statistics.median(self._once() for _ in range(3))
         return float(2 * self.size**3 / seconds)
+
+    def _resize(self, size: int) -> None:
+        self.size = size
+        self._a = torch.ones((size, size), device=self.device)
+        self._b = torch.ones((size, size), device=self.device)
+        self._out = torch.empty((size, size), device=self.device)
 
     def _once(self) -> float:
         _wait(self.device)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from types import FunctionType
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -94,7 +95,7 @@ def routing(
         Variant(
             name="copy of the same bytes",
             kind="limit",
-            make=partial(_copy, num_bytes // 2, device),
+            make=partial(_copy, num_bytes // 2 // item, dtype, device),
             num_bytes=num_bytes,
         ),
         Variant(name="softmax + top-k", kind="part", make=partial(_top_k, scores_NP, k)),
@@ -129,8 +130,7 @@ def index_add(x_ND: Tensor, choice_NK: Tensor, weight_NK: Tensor, num_paths: int
     num_choices = choice_NK.shape[1]
     order_R = torch.argsort(choice_NK.flatten(), stable=True)
     cell_R = order_R // num_choices
-    # experts need the loads: they are part of the route
-    choice_NK.flatten().bincount(minlength=num_paths).cumsum(0)
+    offsets(choice_NK, num_paths)  # which experts would need
     rows_RD = x_ND.index_select(0, cell_R)
     weighted_RD = rows_RD * weight_NK.flatten().index_select(0, order_R)[:, None].to(rows_RD.dtype)
     return rows_RD, torch.zeros_like(x_ND).index_add_(0, cell_R, weighted_RD)
@@ -142,10 +142,17 @@ def gather_sum(x_ND: Tensor, choice_NK: Tensor, weight_NK: Tensor, num_paths: in
     order_R = torch.argsort(choice_NK.flatten(), stable=True)
     row_NK = torch.empty_like(order_R)
     row_NK[order_R] = torch.arange(order_R.shape[0], device=order_R.device)
-    choice_NK.flatten().bincount(minlength=num_paths).cumsum(0)
+    offsets(choice_NK, num_paths)
     rows_RD = x_ND[order_R // num_choices]
     back_NKD = rows_RD[row_NK].view(num_cells, num_choices, -1)
     return rows_RD, (back_NKD * weight_NK[..., None].to(rows_RD.dtype)).sum(1)
+
+
+def offsets(choice_NK: Tensor, num_paths: int) -> Tensor:
+    """Where the rows of each path end, without a wait for the device (bincount has one)."""
+    path_R = choice_NK.flatten()
+    load_P = torch.zeros(num_paths, dtype=torch.int64, device=path_R.device)
+    return load_P.scatter_add_(0, path_R, torch.ones_like(path_R)).cumsum(0)
 
 
 def _returns(run: Callable[..., Any]) -> Callable[[], Callable[..., Any]]:
@@ -153,8 +160,10 @@ def _returns(run: Callable[..., Any]) -> Callable[[], Callable[..., Any]]:
 
 
 def _compiled(form: Callable[..., Moved], num_paths: int) -> Callable[..., Moved]:
-    torch._dynamo.reset()  # one compiled form must not be a recompile of another
-    return torch.compile(partial(form, num_paths=num_paths), dynamic=False)
+    # A code object of its own: a sweep must not run into the limit of recompilations
+    code = cast(FunctionType, form).__code__.replace()
+    own = FunctionType(code, globals(), form.__name__)
+    return torch.compile(partial(own, num_paths=num_paths), dynamic=False)
 
 
 def _einsum(num_paths: int, fullest: int, flops: float) -> Callable[..., Any]:
@@ -232,17 +241,11 @@ def _kernels(inputs: tuple[Tensor, ...], num_paths: int, kernel: str | None) -> 
     return ", ".join(f"{name} on {kernel}" for name, kernel in names.items())
 
 
-def _copy(num_bytes: int, device: torch.device) -> Callable[..., Tensor]:
-    """A copy of so many bytes, from one buffer of several to another."""
-    num = num_sets_beyond_cache(2 * num_bytes, device)
-    pairs = [
-        (
-            torch.ones(num_bytes, dtype=torch.uint8, device=device).view(torch.float32),
-            torch.zeros(num_bytes, dtype=torch.uint8, device=device).view(torch.float32),
-        )
-        for _ in range(num)
-    ]
-    turn = itertools.cycle(pairs)
+def _copy(numel: int, dtype: torch.dtype, device: torch.device) -> Callable[..., Tensor]:
+    """A copy of so many elements, from one buffer of several to another."""
+    num = num_sets_beyond_cache(2 * numel * torch.empty(0, dtype=dtype).element_size(), device)
+    sources = [torch.ones(numel, dtype=dtype, device=device) for _ in range(num)]
+    turn = itertools.cycle([(source, torch.zeros_like(source)) for source in sources])
 
     def run(*_: Tensor) -> Tensor:
         source, target = next(turn)

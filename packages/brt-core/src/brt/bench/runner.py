@@ -15,7 +15,7 @@ from brt.bench.probe import kept_memory, num_cores
 from brt.bench.result import Result, compared
 from brt.bench.settings import Instruments, Settings
 from brt.bench.timer import replays
-from brt.bench.workload import Variant, Workload
+from brt.bench.workload import Unavailable, Variant, Workload
 
 Progress = Callable[[str, int, int], None]
 """Told what is being done, how many steps are done, and of how many."""
@@ -68,7 +68,8 @@ class _Run:
         self.rounds: list[_Round] = []
         self.best_probe = 0.0
         self._progress = progress or (lambda what, done, total: None)
-        self._free_cores = max(0, num_cores() - torch.get_num_threads())
+        used = torch.get_num_threads() if workload.device.type == "cpu" else 1
+        self._free_cores = max(0, num_cores() - used)
 
     @property
     def active(self) -> list[Lane]:
@@ -106,7 +107,10 @@ class _Run:
         self.lanes.insert(self.lanes.index(lane) + 1, replay)
 
         def capture() -> None:
-            replay.calls = replays(lane.calls, self.workload.device)
+            try:
+                replay.calls = replays(lane.calls, self.workload.device)
+            except Exception as error:  # what waits for the device cannot be captured
+                raise Unavailable(f"no capture: {type(error).__name__}: {error}") from error
 
         if replay.guarded(capture):
             replay.guarded(partial(replay.check, self._expected, self.workload.tolerance))

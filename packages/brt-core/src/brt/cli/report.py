@@ -19,7 +19,7 @@ def register(app: typer.Typer) -> None:
 
 def report(
     file: Annotated[
-        Path, typer.Argument(help="What `brt optimize` saved.", exists=True, dir_okay=False)
+        Path, typer.Argument(help="From brt optimize --report.", exists=True, dir_okay=False)
     ],
     html: Annotated[
         Path | None,
