@@ -8,11 +8,10 @@ from torch import Tensor
 from brt_kernels.ops.conv_chain import conv_chain, conv_chain_pack
 
 
-def check(build: ChainBuilder, x: Tensor, offsets: list[int], device: torch.device | str = "cpu") -> None:
+def check(build: ChainBuilder, x: Tensor, offsets: list[int]) -> None:
     """As close to float64 as torch's own float32 convolutions are, within a factor of two."""
     params, steps, step_offsets, scales = build.args()
-    got = conv_chain(x.to(device), torch.tensor(offsets, device=device), [p.to(device) for p in params], steps,
-                     step_offsets, scales).cpu()
+    got = conv_chain(x, torch.tensor(offsets), params, steps, step_offsets, scales)
     exact = plain_chain(x.double(), offsets, [p.double() for p in params], steps, step_offsets, scales)
     plain = plain_chain(x, offsets, params, steps, step_offsets, scales)
     assert got.shape == exact.shape
@@ -60,11 +59,11 @@ def test_activations_and_additions(slopes: int, isa: str) -> None:
     check(build, torch.randn(3, 6, 10, 18), [0, 3])
 
 
-def test_branches_of_different_widths_depths_and_loads(device: torch.device) -> None:
+def test_branches_of_different_widths_depths_and_loads() -> None:
     build = ChainBuilder()
     for width, blocks in ((8, 0), (16, 2), (24, 3), (5, 1)):
         build.residual_branch(width, blocks, scale=0.3)
-    check(build, torch.randn(9, 3, 16, 16), [0, 4, 4, 7, 8], device)
+    check(build, torch.randn(9, 3, 16, 16), [0, 4, 4, 7, 8])
 
 
 @pytest.mark.parametrize("width", [8, 12, 16, 20])
@@ -76,25 +75,25 @@ def test_error_of_deep_branches(width: int, isa: str) -> None:
     check(build, torch.randn(2, 3, 32, 32), [0, 2])
 
 
-def test_no_cells_and_empty_branches(device: torch.device) -> None:
+def test_no_cells_and_empty_branches() -> None:
     build = ChainBuilder()
     build.residual_branch(4, 1)
     build.residual_branch(8, 1)
-    check(build, torch.randn(0, 3, 8, 8), [0, 0, 0], device)
-    check(build, torch.randn(3, 3, 8, 8), [0, 0, 2], device)
+    check(build, torch.randn(0, 3, 8, 8), [0, 0, 0])
+    check(build, torch.randn(3, 3, 8, 8), [0, 0, 2])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_halves_compute_in_float32(dtype: torch.dtype, device: torch.device) -> None:
+def test_halves_compute_in_float32(dtype: torch.dtype) -> None:
     build = ChainBuilder()
     build.residual_branch(8, 2)
     params, steps, step_offsets, scales = build.args()
     x, offsets = torch.randn(2, 3, 16, 16).to(dtype), torch.tensor([0, 2])
     params = [p.to(dtype) for p in params]
-    got = conv_chain(x.to(device), offsets.to(device), [p.to(device) for p in params], steps, step_offsets, scales)
+    got = conv_chain(x, offsets, params, steps, step_offsets, scales)
     exact = plain_chain(x.double(), [0, 2], [p.double() for p in params], steps, step_offsets, scales)
     assert got.dtype == dtype
-    torch.testing.assert_close(got.cpu(), exact.to(dtype), rtol=2e-2, atol=2e-3)
+    torch.testing.assert_close(got, exact.to(dtype), rtol=2e-2, atol=2e-3)
 
 
 def test_packed_weights_give_the_same_bits() -> None:

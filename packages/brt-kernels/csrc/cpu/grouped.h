@@ -22,7 +22,5 @@ struct GroupedLinear {
 
 Activation activation_of(const std::string& name, bool allow_swiglu);
 std::vector<int64_t> rising_offsets(const Tensor& offsets, int64_t num_rows);
-void check_weight(const Tensor& weight, const std::optional<Tensor>& bias, const char* name, const Tensor& x,
-                  int64_t num_paths, int64_t num_in);
 
 }  // namespace brt

@@ -132,21 +132,6 @@ std::vector<int64_t> rising_offsets(const Tensor& offsets, int64_t num_rows) {
   return values;
 }
 
-void check_weight(const Tensor& weight, const std::optional<Tensor>& bias, const char* name, const Tensor& x,
-                  int64_t num_paths, int64_t num_in) {
-  BRT_CHECK(weight.dim() == 3 && weight.size(0) == num_paths && weight.size(2) == num_in, name, " must be [",
-            num_paths, ", out, ", num_in, "], got ", shape_of(weight));
-  BRT_CHECK(weight.scalar_type() == x.scalar_type(), name, " must be ", dtype_name(x.scalar_type()), " as x, got ",
-            dtype_name(weight.scalar_type()));
-  check_device(weight, name, x);
-  if (!bias.has_value()) return;
-  BRT_CHECK(bias->dim() == 2 && bias->size(0) == num_paths && bias->size(1) == weight.size(1), "the bias of ", name,
-            " must be [", num_paths, ", ", weight.size(1), "], got ", shape_of(*bias));
-  BRT_CHECK(bias->scalar_type() == x.scalar_type(), "the bias of ", name, " must be ", dtype_name(x.scalar_type()),
-            " as x, got ", dtype_name(bias->scalar_type()));
-  check_device(*bias, name, x);
-}
-
 Tensor grouped_linear_cpu(const Tensor& x, const Tensor& offsets, const Tensor& weight,
                           const std::optional<Tensor>& bias, std::string activation) {
   // 1. Shapes and values

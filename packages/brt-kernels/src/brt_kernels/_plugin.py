@@ -149,11 +149,42 @@ def _conv_chain(
 ) -> Tensor:
     ops = torch.ops.brt_kernels
     args = (x_RCHW, offsets_P1, params, steps, step_offsets_P1, scales)
-    if x_RCHW.device.type != "cpu":
-        return ops.conv_chain(*args)
     extra = (tuple(steps), tuple(step_offsets_P1), ops.use_isa(""))
     packed = _packed_chains.get(params, extra, lambda: ops.conv_chain_pack(*args))
     return ops.conv_chain(*args, packed)
+
+
+# What the CUDA kernels leave to others, beside what both refuse.
+MOST_CUDA_PATHS = 4096
+MOST_CUDA_CAPACITIES = 960
+
+
+def _cuda_route_refuses(*args: Any) -> str | None:
+    capacity, priority_N, group_size, _ = args[-4:]
+    num_paths = args[0].shape[1] if len(args) == 5 else args[1]
+    if num_paths > MOST_CUDA_PATHS:
+        return f"takes up to {MOST_CUDA_PATHS} paths, not {num_paths}"
+    if capacity is None:
+        return None
+    if priority_N is not None or group_size != 0 or len(capacity) > MOST_CUDA_CAPACITIES:
+        return f"takes capacities first come, in one group, up to {MOST_CUDA_CAPACITIES} of them"
+    return None
+
+
+def _cuda_linear_refuses(x: Tensor, offsets: Tensor, weight: Tensor, *_: Any) -> str | None:
+    return None if weight.is_contiguous() else "takes a contiguous weight"
+
+
+CUDA_REFUSES: dict[str, Callable[..., str | None]] = {
+    "route": _cuda_route_refuses,
+    "route_mask": _cuda_route_refuses,
+    "grouped_linear": _cuda_linear_refuses,
+}
+CPU_ONLY = ("grouped_outer", "conv_chain")
+
+
+def _both(first: Callable[..., str | None], second: Callable[..., str | None]) -> Callable[..., str | None]:
+    return lambda *args: first(*args) or second(*args)
 
 
 def _always(reason: str) -> Callable[..., str]:
@@ -178,12 +209,17 @@ def brt_kernels() -> Iterator[KernelSpec]:
         "conv_chain": (_conv_chain, _chain_refuses, _chain),
     }
     for op, (forward, refuses, estimate) in kinds.items():
-        for device, refusal in (("cpu", ""), ("cuda", libraries.no_cuda)):
-            yield KernelSpec(
-                op=op,
-                device=device,
-                name=NAME,
-                forward=forward,
-                refuses=_always(refusal) if refusal else refuses,
-                estimate=estimate(device),
-            )
+        yield KernelSpec(
+            op=op, device="cpu", name=NAME, forward=forward, refuses=refuses, estimate=estimate("cpu")
+        )
+        if op in CPU_ONLY:
+            continue
+        cuda_refuses = _both(refuses, CUDA_REFUSES[op]) if op in CUDA_REFUSES else refuses
+        yield KernelSpec(
+            op=op,
+            device="cuda",
+            name=NAME,
+            forward=forward,
+            refuses=_always(libraries.no_cuda) if libraries.no_cuda else cuda_refuses,
+            estimate=estimate("cuda"),
+        )
