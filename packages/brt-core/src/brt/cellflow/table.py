@@ -437,6 +437,15 @@ def padded(call: Call) -> State:
     return _last_dims(call, len(call["pad"]) // 2)
 
 
+@rule("unfold")
+def windows(call: Call) -> State:
+    """Windows of one dim, whose places become the last dim."""
+    found = _only(call, call.first())
+    if isinstance(found, Along) and call["dimension"] % call.first().ndim == found.dim:
+        return Mixed("windows over cells")
+    return found
+
+
 # Products
 
 

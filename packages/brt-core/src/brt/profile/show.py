@@ -136,8 +136,7 @@ def _draw_loads(ax: Axes, router: RouterProfile) -> None:
     ax.set_ylabel("share of cells")
     ax.set_xlabel("path (mean, least and most of a forward)", fontsize=8)
     ax.set_ylim(0, 1.05)
-    if router.num_paths <= _MOST_PATHS:
-        ax.set_xticks(list(paths))
+    ax.set_xticks(_ticks(router.num_paths))
 
 
 def _draw_joint(figure: Any, ax: Axes, pair: tuple[str, str], profile: Profile) -> None:
@@ -145,4 +144,10 @@ def _draw_joint(figure: Any, ax: Axes, pair: tuple[str, str], profile: Profile) 
     ax.set_title(f"{pair[0]} then {pair[1]}", fontsize=9, loc="left")
     ax.set_ylabel("path before")
     ax.set_xlabel("path after", fontsize=8)
+    ax.set_yticks(_ticks(profile.joint[pair].shape[0]))
+    ax.set_xticks(_ticks(profile.joint[pair].shape[1]))
     figure.colorbar(image, ax=ax, label="cells")
+
+
+def _ticks(num_paths: int) -> list[int]:
+    return list(range(0, num_paths, 1 + num_paths // _MOST_PATHS))
