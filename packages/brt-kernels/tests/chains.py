@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 
 @dataclass
@@ -27,8 +28,19 @@ class ChainBuilder:
         return len(self.params) - 1
 
     def conv(
-        self, src: int, dst: int, channels: tuple[int, int], *, kernel: int = 3, add: int = -1, bias: bool = True,
-        act: int = 0, post: int = 0, shuffle: int = 1, scale: float = 1.0, slopes: int = 1,
+        self,
+        src: int,
+        dst: int,
+        channels: tuple[int, int],
+        *,
+        kernel: int = 3,
+        add: int = -1,
+        bias: bool = True,
+        act: int = 0,
+        post: int = 0,
+        shuffle: int = 1,
+        scale: float = 1.0,
+        slopes: int = 1,
     ) -> None:
         """A step with random weights as nn.Conv2d makes them."""
         num_in, num_out = channels
@@ -62,17 +74,23 @@ class ChainBuilder:
 
 
 def plain_chain(
-    x: Tensor, offsets: list[int], params: list[Tensor], steps: list[int], step_offsets: list[int],
+    x: Tensor,
+    offsets: list[int],
+    params: list[Tensor],
+    steps: list[int],
+    step_offsets: list[int],
     scales: list[float],
 ) -> Tensor:
     """What conv_chain computes, by torch's convolutions."""
     parts = []
-    for p, (begin, end) in enumerate(zip(offsets, offsets[1:], strict=False)):
+    for p, (begin, end) in enumerate(pairwise(offsets)):
         registers = {0: x[begin:end]}
         for i in range(step_offsets[p], step_offsets[p + 1]):
             src, dst, add, weight, bias, slope, act, post, shuffle = steps[9 * i : 9 * (i + 1)]
             w = params[weight]
-            y = F.conv2d(registers[src], w, None if bias < 0 else params[bias], padding=w.shape[2] // 2)
+            y = F.conv2d(
+                registers[src], w, None if bias < 0 else params[bias], padding=w.shape[2] // 2
+            )
             if act:
                 y = F.relu(y) if act == 1 else F.prelu(y, params[slope])
             y = y * scales[i]

@@ -9,7 +9,9 @@ import torch
 from brt_kernels._load import load
 from brt_kernels.ops import register_all_fakes
 
-sys.path.insert(0, str(Path(__file__).parent))  # for kernel_cases and chains: importlib mode leaves it out
+sys.path.insert(
+    0, str(Path(__file__).parent)
+)  # for kernel_cases and chains: importlib mode leaves it out
 
 ISAS = ("avx2", "avx512", "avx512_bf16")
 

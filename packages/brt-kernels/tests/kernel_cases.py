@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+
 from brt import reference
 
 
@@ -70,11 +71,13 @@ ROUTES = [
 SMALL_ROUTES = [case for case in ROUTES if case.num_cells < 2000 and case.capacity is None]
 
 
-def arguments(device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str, tuple[object, ...]]:
+def arguments(
+    device: torch.device, dtype: torch.dtype = torch.float32
+) -> dict[str, tuple[object, ...]]:
     """A call of each operator."""
     case = RouteCase(30, 4, 2, "some")
     choice = case.choices()
-    cell_R, slot_R, row_NK, offsets = reference.route(choice, 4)
+    cell_R, _, row_NK, offsets = reference.route(choice, 4)
     x, rows = torch.randn(30, 8).to(dtype), torch.randn(60, 8).to(dtype)
     weight = torch.rand(60)
     up, down = torch.randn(4, 12, 8).to(dtype), torch.randn(4, 8, 12).to(dtype)
@@ -90,5 +93,6 @@ def arguments(device: torch.device, dtype: torch.dtype = torch.float32) -> dict[
         "expert_mlp": (x, cell_R, row_NK, offsets, weight, up, None, down, None, "silu"),
     }
     return {
-        op: tuple(a.to(device) if isinstance(a, torch.Tensor) else a for a in args) for op, args in made.items()
+        op: tuple(a.to(device) if isinstance(a, torch.Tensor) else a for a in args)
+        for op, args in made.items()
     }

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from brt import reference
 
+from brt import reference
 from brt_kernels.ops.compact import compact
 
 

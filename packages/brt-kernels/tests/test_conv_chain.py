@@ -12,7 +12,9 @@ def check(build: ChainBuilder, x: Tensor, offsets: list[int]) -> None:
     """As close to float64 as torch's own float32 convolutions are, within a factor of two."""
     params, steps, step_offsets, scales = build.args()
     got = conv_chain(x, torch.tensor(offsets), params, steps, step_offsets, scales)
-    exact = plain_chain(x.double(), offsets, [p.double() for p in params], steps, step_offsets, scales)
+    exact = plain_chain(
+        x.double(), offsets, [p.double() for p in params], steps, step_offsets, scales
+    )
     plain = plain_chain(x, offsets, params, steps, step_offsets, scales)
     assert got.shape == exact.shape
     if exact.numel():
@@ -20,7 +22,9 @@ def check(build: ChainBuilder, x: Tensor, offsets: list[int]) -> None:
         assert error <= 2 * plain_error + 1e-6 * exact.abs().max().item(), (error, plain_error)
 
 
-@pytest.mark.parametrize("size", [(32, 32), (1, 1), (2, 3), (4, 2), (5, 31), (33, 17), (7, 64), (16, 70)], ids=str)
+@pytest.mark.parametrize(
+    "size", [(32, 32), (1, 1), (2, 3), (4, 2), (5, 31), (33, 17), (7, 64), (16, 70)], ids=str
+)
 def test_sizes(size: tuple[int, int], isa: str) -> None:
     build = ChainBuilder()
     build.conv(0, 1, (3, 8), act=1)
@@ -29,7 +33,9 @@ def test_sizes(size: tuple[int, int], isa: str) -> None:
     check(build, torch.randn(3, 3, *size), [0, 3])
 
 
-@pytest.mark.parametrize("channels", [(1, 1), (3, 7), (8, 8), (12, 12), (16, 16), (20, 20), (13, 23), (32, 48)], ids=str)
+@pytest.mark.parametrize(
+    "channels", [(1, 1), (3, 7), (8, 8), (12, 12), (16, 16), (20, 20), (13, 23), (32, 48)], ids=str
+)
 @pytest.mark.parametrize("kernel", [1, 3])
 def test_channels(channels: tuple[int, int], kernel: int, isa: str) -> None:
     build = ChainBuilder()
@@ -91,7 +97,9 @@ def test_halves_compute_in_float32(dtype: torch.dtype) -> None:
     x, offsets = torch.randn(2, 3, 16, 16).to(dtype), torch.tensor([0, 2])
     params = [p.to(dtype) for p in params]
     got = conv_chain(x, offsets, params, steps, step_offsets, scales)
-    exact = plain_chain(x.double(), [0, 2], [p.double() for p in params], steps, step_offsets, scales)
+    exact = plain_chain(
+        x.double(), [0, 2], [p.double() for p in params], steps, step_offsets, scales
+    )
     assert got.dtype == dtype
     torch.testing.assert_close(got, exact.to(dtype), rtol=2e-2, atol=2e-3)
 
@@ -101,7 +109,9 @@ def test_packed_weights_give_the_same_bits() -> None:
     build.residual_branch(12, 3)
     x, offsets = torch.randn(2, 3, 32, 32), torch.tensor([0, 2])
     packed = conv_chain_pack(x, offsets, *build.args())
-    assert torch.equal(conv_chain(x, offsets, *build.args(), packed), conv_chain(x, offsets, *build.args()))
+    assert torch.equal(
+        conv_chain(x, offsets, *build.args(), packed), conv_chain(x, offsets, *build.args())
+    )
     with pytest.raises(RuntimeError, match="conv_chain_pack"):
         conv_chain(x, offsets, *build.args(), packed[1:])
 
@@ -115,8 +125,14 @@ def test_fake_agrees_with_the_schema() -> None:
 
 def simple(**changes: object) -> list[object]:
     """The arguments of one small step, with some replaced."""
-    fields = {"x": torch.randn(2, 3, 8, 8), "offsets": torch.tensor([0, 2]), "params": [torch.randn(4, 3, 3, 3)],
-              "steps": [0, 1, -1, 0, -1, -1, 0, 0, 1], "step_offsets": [0, 1], "scales": [1.0]}
+    fields = {
+        "x": torch.randn(2, 3, 8, 8),
+        "offsets": torch.tensor([0, 2]),
+        "params": [torch.randn(4, 3, 3, 3)],
+        "steps": [0, 1, -1, 0, -1, -1, 0, 0, 1],
+        "step_offsets": [0, 1],
+        "scales": [1.0],
+    }
     return list((fields | changes).values())
 
 

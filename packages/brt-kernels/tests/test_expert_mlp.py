@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from brt import reference
 from kernel_cases import SMALL_ROUTES, RouteCase
 
+from brt import reference
 from brt_kernels.ops.expert_mlp import expert_mlp
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -12,21 +12,36 @@ LOOSE = {torch.float32: (1e-5, 1e-5), torch.float16: (4e-3, 4e-3), torch.bfloat1
 
 
 def run(
-    case: RouteCase, size: tuple[int, int], dtype: torch.dtype, activation: str, device: torch.device | str = "cpu",
-    *, bias: bool = True, weighted: bool = True,
+    case: RouteCase,
+    size: tuple[int, int],
+    dtype: torch.dtype,
+    activation: str,
+    device: torch.device | str = "cpu",
+    *,
+    bias: bool = True,
+    weighted: bool = True,
 ) -> None:
     made, (num_in, hidden) = torch.Generator().manual_seed(0), size
-    cell_R, slot_R, row_NK, offsets = reference.route(case.choices(), case.num_paths, *case.settings())
+    cell_R, _, row_NK, offsets = reference.route(case.choices(), case.num_paths, *case.settings())
     up_rows = 2 * hidden if activation == "swiglu" else hidden
+
     def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
         return (torch.randn(shape, generator=made) * scale).to(dtype)
+
     x = random(case.num_cells, num_in)
     weight_R = torch.rand(cell_R.shape[0], generator=made) if weighted else None
-    up, down = random(case.num_paths, up_rows, num_in, scale=num_in**-0.5), random(case.num_paths, num_in, hidden, scale=hidden**-0.5)
-    up_bias, down_bias = (random(case.num_paths, up_rows), random(case.num_paths, num_in)) if bias else (None, None)
+    up, down = (
+        random(case.num_paths, up_rows, num_in, scale=num_in**-0.5),
+        random(case.num_paths, num_in, hidden, scale=hidden**-0.5),
+    )
+    up_bias, down_bias = (
+        (random(case.num_paths, up_rows), random(case.num_paths, num_in)) if bias else (None, None)
+    )
     floats = (x, cell_R, row_NK, offsets, weight_R, up, up_bias, down, down_bias)
     got = expert_mlp(*(None if t is None else t.to(device) for t in floats), activation)
-    exact = reference.expert_mlp(*(t.double() if t is not None and t.is_floating_point() else t for t in floats), activation)
+    exact = reference.expert_mlp(
+        *(t.double() if t is not None and t.is_floating_point() else t for t in floats), activation
+    )
     rtol, atol = LOOSE[dtype]  # the hidden features and the result are rounded to the dtype
     assert got.dtype == dtype
     torch.testing.assert_close(got.cpu().double(), exact, rtol=rtol, atol=atol)
@@ -42,7 +57,14 @@ def test_cases(case: RouteCase, dtype: torch.dtype, device: torch.device) -> Non
 @pytest.mark.parametrize("activation", ["none", "relu", "gelu", "gelu_tanh", "silu", "swiglu"])
 @pytest.mark.parametrize("bias", [False, True])
 def test_activations(activation: str, dtype: torch.dtype, bias: bool, isa: str) -> None:
-    run(RouteCase(50, 4, 2, "some", multiple=8), (40, 72), dtype, activation, bias=bias, weighted=bias)
+    run(
+        RouteCase(50, 4, 2, "some", multiple=8),
+        (40, 72),
+        dtype,
+        activation,
+        bias=bias,
+        weighted=bias,
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -53,14 +75,35 @@ def test_sizes(size: tuple[int, int], dtype: torch.dtype, isa: str) -> None:
 
 def test_fake_agrees_with_the_schema() -> None:
     cell_R, _, row_NK, offsets = reference.route(torch.tensor([[0], [1], [0]]), 2)
-    args = (torch.randn(3, 4), cell_R, row_NK, offsets, None, torch.randn(2, 6, 4), None, torch.randn(2, 4, 6), None, "relu")
+    args = (
+        torch.randn(3, 4),
+        cell_R,
+        row_NK,
+        offsets,
+        None,
+        torch.randn(2, 6, 4),
+        None,
+        torch.randn(2, 4, 6),
+        None,
+        "relu",
+    )
     torch.library.opcheck(torch.ops.brt_kernels.expert_mlp.default, args)
 
 
 def args_with(**changes: object) -> list[object]:
     cell_R, _, row_NK, offsets = reference.route(torch.tensor([[0], [1], [0]]), 2)
-    fields = {"x": torch.zeros(3, 4), "cell": cell_R, "row": row_NK, "offsets": offsets, "weight": None,
-              "up": torch.zeros(2, 6, 4), "up_bias": None, "down": torch.zeros(2, 4, 6), "down_bias": None, "act": "relu"}
+    fields = {
+        "x": torch.zeros(3, 4),
+        "cell": cell_R,
+        "row": row_NK,
+        "offsets": offsets,
+        "weight": None,
+        "up": torch.zeros(2, 6, 4),
+        "up_bias": None,
+        "down": torch.zeros(2, 4, 6),
+        "down_bias": None,
+        "act": "relu",
+    }
     return list((fields | changes).values())
 
 

@@ -13,12 +13,12 @@ from chains import ChainBuilder
 from kernel_cases import arguments
 
 OPS = (
-    "route", "route_mask", "dispatch", "combine", "row_dot", "compact", "grouped_linear", "grouped_outer",
-    "expert_mlp", "conv_chain",
+    "route", "route_mask", "dispatch", "combine", "row_dot", "compact", "grouped_linear",
+    "grouped_outer", "expert_mlp", "conv_chain",
 )  # fmt: skip
 DTYPES = (
-    torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int32, torch.int64, torch.bool, torch.uint8,
-    torch.complex64,
+    torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int32, torch.int64,
+    torch.bool, torch.uint8, torch.complex64,
 )  # fmt: skip
 NUMBERS = (-(2**62), -(2**31), -1, 0, 1, 2, 3, 7, 64, 2**31, 2**40, 2**62)
 
@@ -40,7 +40,9 @@ def wrong_tensor(pick: random.Random, tensor: torch.Tensor) -> object:
         return tensor.to(pick.choice(DTYPES))
     if how == 1:
         noise = torch.randint(-(2**40), 2**40, tensor.shape)
-        return torch.where(torch.rand(tensor.shape) < 0.2, noise, tensor.to(torch.int64)).to(tensor.dtype)
+        return torch.where(torch.rand(tensor.shape) < 0.2, noise, tensor.to(torch.int64)).to(
+            tensor.dtype
+        )
     if how == 2:
         return tensor[: pick.randrange(tensor.shape[0] + 1)] if tensor.ndim else tensor
     if how == 3:
@@ -50,10 +52,16 @@ def wrong_tensor(pick: random.Random, tensor: torch.Tensor) -> object:
     if how == 5:
         return tensor.transpose(0, -1) if tensor.ndim else tensor
     if how == 6:
-        return torch.empty([pick.choice((0, 1, 5)) for _ in range(pick.randrange(5))], dtype=tensor.dtype)
+        return torch.empty(
+            [pick.choice((0, 1, 5)) for _ in range(pick.randrange(5))], dtype=tensor.dtype
+        )
     if how == 7:
         return torch.cat([tensor, tensor]) if tensor.ndim else tensor
-    return tensor.new_full(tensor.shape, float("nan")) if tensor.is_floating_point() else tensor.new_zeros(tensor.shape)
+    return (
+        tensor.new_full(tensor.shape, float("nan"))
+        if tensor.is_floating_point()
+        else tensor.new_zeros(tensor.shape)
+    )
 
 
 def wrong(pick: random.Random, value: object) -> object:

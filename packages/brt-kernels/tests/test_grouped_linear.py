@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from brt import reference
 
+from brt import reference
 from brt_kernels.ops.grouped_linear import grouped_linear
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -13,17 +13,33 @@ LOOSE = {torch.float32: (1e-5, 1e-5), torch.float16: (2e-3, 2e-3), torch.bfloat1
 
 
 def run(
-    loads: tuple[int, ...], size: tuple[int, int], dtype: torch.dtype, device: torch.device | str = "cpu",
-    activation: str = "none", bias: bool = True, spare: int = 3,
+    loads: tuple[int, ...],
+    size: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    activation: str = "none",
+    bias: bool = True,
+    spare: int = 3,
 ) -> None:
     made, (num_in, num_out) = torch.Generator().manual_seed(0), size
     x = torch.randn(sum(loads) + spare, num_in, generator=made).to(dtype)
     weight = (torch.randn(len(loads), num_out, num_in, generator=made) / num_in**0.5).to(dtype)
     bias_PO = torch.randn(len(loads), num_out, generator=made).to(dtype) if bias else None
     offsets = torch.tensor((0, *loads)).cumsum(0)
-    got = grouped_linear(x.to(device), offsets.to(device), weight.to(device),
-                         None if bias_PO is None else bias_PO.to(device), activation)
-    exact = reference.grouped_linear(x.double(), offsets, weight.double(), None if bias_PO is None else bias_PO.double(), activation)
+    got = grouped_linear(
+        x.to(device),
+        offsets.to(device),
+        weight.to(device),
+        None if bias_PO is None else bias_PO.to(device),
+        activation,
+    )
+    exact = reference.grouped_linear(
+        x.double(),
+        offsets,
+        weight.double(),
+        None if bias_PO is None else bias_PO.double(),
+        activation,
+    )
     rtol, atol = LOOSE[dtype]  # of the result's last place; sums run in float32
     assert got.dtype == dtype
     torch.testing.assert_close(got.cpu().double(), exact, rtol=rtol, atol=atol)
@@ -50,25 +66,37 @@ def test_activations(activation: str, dtype: torch.dtype, isa: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("loads", LOADS, ids=str)
 @pytest.mark.parametrize("size", [(64, 128), (40, 24), (17, 5)], ids=str)
-def test_devices(size: tuple[int, int], loads: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+def test_devices(
+    size: tuple[int, int], loads: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> None:
     run(loads, size, dtype, device, "gelu")
 
 
 def test_transposed_weight(device: torch.device) -> None:
     x, weight, offsets = torch.randn(9, 16), torch.randn(2, 16, 8), torch.tensor([0, 4, 9])
     got = grouped_linear(x.to(device), offsets.to(device), weight.to(device).transpose(1, 2))
-    torch.testing.assert_close(got.cpu(), reference.grouped_linear(x, offsets, weight.transpose(1, 2)))
+    torch.testing.assert_close(
+        got.cpu(), reference.grouped_linear(x, offsets, weight.transpose(1, 2))
+    )
 
 
 def test_int32_offsets_and_no_rows_before_the_first() -> None:
     x, weight = torch.randn(9, 16), torch.randn(2, 8, 16)
     got = grouped_linear(x, torch.tensor([2, 4, 7], dtype=torch.int32), weight)
-    expected = torch.cat([torch.zeros(2, 8), x[2:4] @ weight[0].t(), x[4:7] @ weight[1].t(), torch.zeros(2, 8)])
+    expected = torch.cat(
+        [torch.zeros(2, 8), x[2:4] @ weight[0].t(), x[4:7] @ weight[1].t(), torch.zeros(2, 8)]
+    )
     torch.testing.assert_close(got, expected)
 
 
 def test_fake_agrees_with_the_schema() -> None:
-    args = (torch.randn(9, 16), torch.tensor([0, 4, 9]), torch.randn(2, 8, 16), torch.randn(2, 8), "relu")
+    args = (
+        torch.randn(9, 16),
+        torch.tensor([0, 4, 9]),
+        torch.randn(2, 8, 16),
+        torch.randn(2, 8),
+        "relu",
+    )
     torch.library.opcheck(torch.ops.brt_kernels.grouped_linear.default, args)
 
 

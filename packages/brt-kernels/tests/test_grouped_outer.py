@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from brt import reference
 
+from brt import reference
 from brt_kernels.ops.grouped_linear import grouped_linear
 from brt_kernels.ops.grouped_outer import grouped_outer
 
@@ -38,9 +38,14 @@ def test_loads(loads: tuple[int, ...], dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_transposed_weights_of_the_linear_layer(size: tuple[int, int], dtype: torch.dtype, isa: str) -> None:
+def test_transposed_weights_of_the_linear_layer(
+    size: tuple[int, int], dtype: torch.dtype, isa: str
+) -> None:
     num_in, num_out = size
-    x, weight = torch.randn(43, num_in).to(dtype), (torch.randn(3, num_in, num_out) / num_in**0.5).to(dtype)
+    x, weight = (
+        torch.randn(43, num_in).to(dtype),
+        (torch.randn(3, num_in, num_out) / num_in**0.5).to(dtype),
+    )
     offsets = torch.tensor([2, 20, 20, 40])
     got = grouped_linear(x, offsets, weight.transpose(1, 2))
     expected = grouped_linear(x, offsets, weight.transpose(1, 2).contiguous())

@@ -2,13 +2,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import brt
 import pytest
 import torch
-from brt import plugins
 from kernel_cases import arguments
 
+import brt
 import brt_kernels._plugin as plugin
+from brt import plugins
 from brt_kernels._packed import PackedWeights
 
 
@@ -30,12 +30,17 @@ def test_brt_runs_these_kernels(op: str, dtype: torch.dtype, device: torch.devic
     with brt.ops.use("reference"):
         expected = call(*args)
     loose = {} if dtype == torch.float32 else {"rtol": 3e-2, "atol": 3e-2}  # sums of rounded sums
-    for a, b in zip(got if isinstance(got, tuple) else (got,), expected if isinstance(expected, tuple) else (expected,),
-                    strict=True):
+    for a, b in zip(
+        got if isinstance(got, tuple) else (got,),
+        expected if isinstance(expected, tuple) else (expected,),
+        strict=True,
+    ):
         torch.testing.assert_close(a, b, **loose)
 
 
-@pytest.mark.parametrize("op", ["dispatch", "combine", "row_dot", "grouped_linear", "grouped_outer", "expert_mlp"])
+@pytest.mark.parametrize(
+    "op", ["dispatch", "combine", "row_dot", "grouped_linear", "grouped_outer", "expert_mlp"]
+)
 def test_float64_is_left_to_others(op: str) -> None:
     weighted = arguments(torch.device("cpu"), torch.float64)[op]
     explained = brt.ops.explain(op, *weighted)
@@ -46,7 +51,10 @@ def test_float64_is_left_to_others(op: str) -> None:
 def test_gradients_equal_the_reference(device: torch.device) -> None:
     def grads() -> list[torch.Tensor]:
         torch.manual_seed(0)
-        x, up, down = (torch.randn(s, device=device, requires_grad=True) for s in ((30, 8), (4, 12, 8), (4, 8, 12)))
+        x, up, down = (
+            torch.randn(s, device=device, requires_grad=True)
+            for s in ((30, 8), (4, 12, 8), (4, 8, 12))
+        )
         scores = torch.randn(30, 4, device=device, requires_grad=True)
         weight_NK, choice = scores.softmax(-1).topk(2)
         cell_R, slot_R, row_NK, offsets = brt.ops.route(choice, 4)

@@ -2,15 +2,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from brt import reference
 from kernel_cases import ROUTES, RouteCase
 
+from brt import reference
 from brt_kernels.ops.route import route, route_mask
 
 
 def left_to_others(case: RouteCase, device: torch.device) -> bool:
     """What the CUDA kernel refuses, and its plugin with it."""
-    return device.type == "cuda" and case.capacity is not None and (case.priority or case.group_size > 0)
+    return (
+        device.type == "cuda"
+        and case.capacity is not None
+        and (case.priority or case.group_size > 0)
+    )
 
 
 @pytest.mark.parametrize("case", ROUTES, ids=str)
@@ -20,14 +24,20 @@ def test_choices_equal_the_reference(case: RouteCase, device: torch.device) -> N
     choice, settings = case.choices(), case.settings()
     settings_there = [s.to(device) if isinstance(s, torch.Tensor) else s for s in settings]
     got = route(choice.to(device), case.num_paths, *settings_there)
-    for name, a, b in zip(("cell_R", "slot_R", "row_NK", "offsets_P1"), got,
-                          reference.route(choice, case.num_paths, *settings), strict=True):
+    for name, a, b in zip(
+        ("cell_R", "slot_R", "row_NK", "offsets_P1"),
+        got,
+        reference.route(choice, case.num_paths, *settings),
+        strict=True,
+    ):
         assert torch.equal(a.cpu(), b), name
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.uint8, torch.int64])
 @pytest.mark.parametrize("case", [c for c in ROUTES if c.num_cells < 2000], ids=str)
-def test_masks_equal_the_reference(case: RouteCase, dtype: torch.dtype, device: torch.device) -> None:
+def test_masks_equal_the_reference(
+    case: RouteCase, dtype: torch.dtype, device: torch.device
+) -> None:
     if left_to_others(case, device):
         pytest.skip("the reference serves priorities and groups on CUDA")
     made = torch.Generator().manual_seed(2)

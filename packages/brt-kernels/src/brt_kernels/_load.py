@@ -12,7 +12,7 @@ import torch
 OLDEST_TORCH = (2, 11)
 
 
-class KernelsUnavailable(ImportError):
+class KernelsUnavailableError(ImportError):
     """The CPU library cannot be used here; the message says why."""
 
 
@@ -30,18 +30,22 @@ class Libraries:
 
 @functools.cache
 def load() -> Libraries:
-    """Load what this torch can use; raise `KernelsUnavailable` where that is nothing.
+    """Load what this torch can use; raise `KernelsUnavailableError` where that is nothing.
 
     The CUDA library is for a torch that was built with CUDA, whether or not there is a device: it
     then serves fake tensors too. Where it should be there and is not, one warning says why.
     """
     version = torch.__version__.split("+")[0].split(".")
     if tuple(int(part) for part in version[:2]) < OLDEST_TORCH:
-        raise KernelsUnavailable(f"brt-kernels needs torch >= 2.11, this is {torch.__version__}")
+        raise KernelsUnavailableError(
+            f"brt-kernels needs torch >= 2.11, this is {torch.__version__}"
+        )
     _load_library("libbrt_kernels_cpu.so")
     isa = str(torch.ops.brt_kernels.use_isa(""))
     if isa == "none":
-        raise KernelsUnavailable("brt-kernels needs a CPU with AVX2, FMA and F16C; this has not")
+        raise KernelsUnavailableError(
+            "brt-kernels needs a CPU with AVX2, FMA and F16C; this has not"
+        )
     no_cuda = _load_cuda()
     if no_cuda and torch.version.cuda is not None:
         warnings.warn(
@@ -53,11 +57,13 @@ def load() -> Libraries:
 def _load_library(name: str) -> None:
     path = resources.files("brt_kernels") / name
     if not path.is_file():
-        raise KernelsUnavailable(f"{name} is not in this installation of brt-kernels")
+        raise KernelsUnavailableError(f"{name} is not in this installation of brt-kernels")
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        raise KernelsUnavailable(f"{name} does not load with torch {torch.__version__}: {error}") from error
+        raise KernelsUnavailableError(
+            f"{name} does not load with torch {torch.__version__}: {error}"
+        ) from error
 
 
 def _load_cuda() -> str:
@@ -68,6 +74,6 @@ def _load_cuda() -> str:
         return ""  # nothing will run on it, and nothing was asked for
     try:
         _load_library("libbrt_kernels_cuda.so")
-    except KernelsUnavailable as error:
+    except KernelsUnavailableError as error:
         return str(error)
     return str(torch.ops.brt_kernels.cuda_refusal())

@@ -1,4 +1,4 @@
-"""Weights in the layout that a kernel reads, kept while the tensors they were made of are unchanged."""
+"""Weights in the layout that a kernel reads, kept while their sources are unchanged."""
 
 from __future__ import annotations
 

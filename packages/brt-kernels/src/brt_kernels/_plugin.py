@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import brt
 import torch
-from brt import KernelSpec
 from torch import Tensor
 
+import brt
+from brt import KernelSpec
 from brt_kernels._load import load
 from brt_kernels._packed import PackedWeights
 from brt_kernels.ops import register_all_fakes
@@ -29,7 +29,9 @@ OVERHEAD_US = 4.0
 
 
 def _floats(tensor: Tensor) -> str | None:
-    return None if tensor.dtype in FLOATS else f"takes float32, float16, bfloat16, not {tensor.dtype}"
+    return (
+        None if tensor.dtype in FLOATS else f"takes float32, float16, bfloat16, not {tensor.dtype}"
+    )
 
 
 def _route_refuses(choice_NK: Tensor, *_: Any) -> str | None:
@@ -45,15 +47,23 @@ def _indices(*tensors: Tensor) -> str | None:
     return None if bad is None else f"takes int32 and int64 indices, not {bad.dtype}"
 
 
-def _dispatch_refuses(x: Tensor, cell_R: Tensor, row_NK: Tensor, weight_R: Tensor | None) -> str | None:
+def _dispatch_refuses(
+    x: Tensor, cell_R: Tensor, row_NK: Tensor, weight_R: Tensor | None
+) -> str | None:
     if weight_R is None:
         known = x.dtype in FLOATS or x.dtype in MASKS
         return _indices(cell_R, row_NK) if known else f"does not move {x.dtype}"
     return _floats(x) or _floats(weight_R) or _indices(cell_R, row_NK)
 
 
-def _combine_refuses(rows: Tensor, row_NK: Tensor, cell_R: Tensor, weight_R: Tensor | None) -> str | None:
-    return _floats(rows) or (None if weight_R is None else _floats(weight_R)) or _indices(row_NK, cell_R)
+def _combine_refuses(
+    rows: Tensor, row_NK: Tensor, cell_R: Tensor, weight_R: Tensor | None
+) -> str | None:
+    return (
+        _floats(rows)
+        or (None if weight_R is None else _floats(weight_R))
+        or _indices(row_NK, cell_R)
+    )
 
 
 def _row_dot_refuses(rows: Tensor, cells: Tensor, cell_R: Tensor, row_NK: Tensor) -> str | None:
@@ -65,7 +75,9 @@ def _same(first: Tensor, *others: Tensor | None) -> str | None:
     return None if bad is None else f"takes one dtype, not {first.dtype} and {bad.dtype}"
 
 
-def _linear_refuses(x: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None, _: str) -> str | None:
+def _linear_refuses(
+    x: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None, _: str
+) -> str | None:
     return _floats(x) or _same(x, weight, bias) or _indices(offsets)
 
 
@@ -83,7 +95,9 @@ def _mlp_refuses(*args: Any) -> str | None:
     )
 
 
-def _chain_refuses(x_RCHW: Tensor, offsets: Tensor, params: Sequence[Tensor], *_: Any) -> str | None:
+def _chain_refuses(
+    x_RCHW: Tensor, offsets: Tensor, params: Sequence[Tensor], *_: Any
+) -> str | None:
     return _floats(x_RCHW) or next((_floats(p) for p in params if p.dtype not in FLOATS), None)
 
 
@@ -183,7 +197,9 @@ CUDA_REFUSES: dict[str, Callable[..., str | None]] = {
 CPU_ONLY = ("grouped_outer", "conv_chain")
 
 
-def _both(first: Callable[..., str | None], second: Callable[..., str | None]) -> Callable[..., str | None]:
+def _both(
+    first: Callable[..., str | None], second: Callable[..., str | None]
+) -> Callable[..., str | None]:
     return lambda *args: first(*args) or second(*args)
 
 
@@ -210,7 +226,12 @@ def brt_kernels() -> Iterator[KernelSpec]:
     }
     for op, (forward, refuses, estimate) in kinds.items():
         yield KernelSpec(
-            op=op, device="cpu", name=NAME, forward=forward, refuses=refuses, estimate=estimate("cpu")
+            op=op,
+            device="cpu",
+            name=NAME,
+            forward=forward,
+            refuses=refuses,
+            estimate=estimate("cpu"),
         )
         if op in CPU_ONLY:
             continue

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def compact(keep_N: Tensor) -> tuple[Tensor, Tensor]:
-    """(index_N, count_1): the indices of the cells that are kept, in order, then -1; their number."""
+    """(index_N, count_1): the indices of the cells that are kept, then -1; how many they are."""
     return torch.ops.brt_kernels.compact(keep_N)
 
 

@@ -81,4 +81,6 @@ def register_fakes() -> None:
         scales: Sequence[float],
         packed: Tensor | None = None,
     ) -> Tensor:
-        return x_RCHW.new_empty((x_RCHW.shape[0], *out_shape(x_RCHW, params, steps, step_offsets_P1)))
+        return x_RCHW.new_empty(
+            (x_RCHW.shape[0], *out_shape(x_RCHW, params, steps, step_offsets_P1))
+        )

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 
-def dispatch(x_NS: Tensor, cell_R: Tensor, row_NK: Tensor, weight_R: Tensor | None = None) -> Tensor:
+def dispatch(
+    x_NS: Tensor, cell_R: Tensor, row_NK: Tensor, weight_R: Tensor | None = None
+) -> Tensor:
     """``rows[r] = weight[r] * x[cell[r]]``, zero where ``cell[r]`` is -1."""
     return torch.ops.brt_kernels.dispatch(x_NS, cell_R, row_NK, weight_R)
 

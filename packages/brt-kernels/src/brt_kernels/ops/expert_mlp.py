@@ -21,7 +21,7 @@ def expert_mlp(
     down_bias_PD: Tensor | None,
     activation: str,
 ) -> Tensor:
-    """Gather, up, activation, down and weighted sum; "swiglu" takes ``up`` of 2H rows, gate first."""
+    """Gather, up, activation, down, weighted sum; "swiglu" takes ``up`` of 2H rows, gate first."""
     return torch.ops.brt_kernels.expert_mlp(
         x_ND, cell_R, row_NK, offsets_P1, weight_R, up_PHD, up_bias_PH, down_PDH, down_bias_PD,
         activation,

@@ -16,7 +16,7 @@ def grouped_linear(
     bias_PO: Tensor | None = None,
     activation: str = "none",
 ) -> Tensor:
-    """``act(x @ weight[p].T + bias[p])`` for the rows of each path; rows past the last offset are zero."""
+    """``act(x @ weight[p].T + bias[p])`` for the rows of each path, zero past the last offset."""
     return torch.ops.brt_kernels.grouped_linear(x_RI, offsets_P1, weight_POI, bias_PO, activation)
 
 

@@ -19,11 +19,13 @@ def route(
     group_size: int = 0,
     multiple: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Choices to (cell_R, slot_R, row_NK, offsets_P1), int64: rows of path p lie together, in cell order.
+    """Choices to (cell_R, slot_R, row_NK, offsets_P1), int64: path by path, in cell order.
 
     Returns R = N * K + P * (multiple - 1) rows; -1 marks padding and rows past ``offsets[-1]``.
     """
-    return torch.ops.brt_kernels.route(choice_NK, num_paths, capacity, priority_N, group_size, multiple)
+    return torch.ops.brt_kernels.route(
+        choice_NK, num_paths, capacity, priority_N, group_size, multiple
+    )
 
 
 def route_mask(
@@ -37,7 +39,9 @@ def route_mask(
     return torch.ops.brt_kernels.route_mask(mask_NP, capacity, priority_N, group_size, multiple)
 
 
-def _empty(decision: Tensor, num_paths: int, multiple: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _empty(
+    decision: Tensor, num_paths: int, multiple: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     num_cells, num_choices = decision.shape
     num_rows = num_cells * num_choices + num_paths * (multiple - 1)
     shapes = ((num_rows,), (num_rows,), (num_cells, num_choices), (num_paths + 1,))
