@@ -207,6 +207,24 @@ def test_hooks_run() -> None:
     assert ran == ["head", "model"]
 
 
+def test_hooks_of_modules_that_were_opened() -> None:
+    ran: list[str] = []
+    model = Residual()
+    fast = made(model)
+    handle = fast.mixture.register_forward_hook(lambda *_: ran.append("late"))
+    assert_same(fast, model)
+    assert len(ran) == len(list(batches())) == fast.stats["region:model"].fallbacks
+    handle.remove()
+    assert_same(fast, model)
+    assert len(ran) == fast.stats["region:model"].fallbacks
+    model.mixture.register_forward_hook(lambda *_: ran.append("early"))
+    with pytest.warns(brt.PluginWarning, match="Mixture in it has forward hooks"):
+        fast = made(model)
+    ran.clear()
+    fast(INSIDE)
+    assert ran == ["early"]
+
+
 def test_threads_and_interleaved_calls() -> None:
     model = Residual()
     fast, other = made(model), made(model)
@@ -445,6 +463,11 @@ def test_the_report() -> None:
     assert data["versions"]["torch"] == torch.__version__
     fast.reset_stats()
     assert fast.stats[DEAD] == Count()
+
+
+def test_it_is_not_pickled(tmp_path: Path) -> None:
+    with pytest.raises(brt.PassError, match="save its state_dict"):
+        torch.save(made(Residual()), tmp_path / "fast.pt")
 
 
 def test_a_report_outlives_the_work() -> None:

@@ -39,12 +39,13 @@ def gradients(module: nn.Module, model: nn.Module, x: Tensor) -> list[Tensor | N
     return [leaf.grad, *(parameter.grad for parameter in model.parameters())]
 
 
-def check(seed: int) -> tuple[int, int]:
+def check(seed: int, device: str = "cpu") -> tuple[int, int]:
     """One random network, profile and list of passes; (hits, fallbacks) of its guards."""
     rng = random.Random(seed)
     dtype = rng.choice([torch.float64] * 6 + [torch.float32] * 3 + [torch.bfloat16])
-    model = RandomNetwork(seed).to(dtype)
-    inside = batches(seed, tuple(rng.choice([1, 2, 5, 9]) for _ in range(3)), dtype)
+    model = RandomNetwork(seed).to(device, dtype)
+    sizes = tuple(rng.choice([1, 2, 5, 9]) for _ in range(3))
+    inside = [x.to(device) for x in batches(seed, sizes, dtype)]
     passes: list[Pass] = [p for p in (DropDeadPaths(), FoldPermanentPaths()) if rng.random() < 0.8]
     rng.shuffle(passes)
     sample = rng.choice([*inside, None])
@@ -57,7 +58,7 @@ def check(seed: int) -> tuple[int, int]:
         steered = [model, fast]
     else:
         steered = [model]
-    outside = batches(seed + 1, (0, 1, 7), dtype)
+    outside = [x.to(device) for x in batches(seed + 1, (0, 1, 7), dtype)]
     for again in range(3):
         for x in (*inside, *outside):
             what = f"seed {seed}, steered {again} times, {dtype}, N={len(x)}"
@@ -86,6 +87,12 @@ def check(seed: int) -> tuple[int, int]:
 @pytest.mark.parametrize("seed", range(60))
 def test_random_network(seed: int) -> None:
     check(seed)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("seed", range(20))
+def test_random_network_on_cuda(seed: int) -> None:
+    check(seed, "cuda")
 
 
 @pytest.mark.slow

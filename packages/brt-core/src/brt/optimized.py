@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
 from typing import Any, Self
 
 import torch
 from torch import Tensor, fx, nn
 
+from brt.errors import PassError
 from brt.guard import Count, Guard, Guarded
 from brt.report.data import Report
 
@@ -51,6 +53,18 @@ class StandIn(nn.Module):
         self.training = self._behind[0].training
         return self
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        twin = self.__class__.__new__(self.__class__)
+        memo[id(self)] = twin
+        twin.__dict__.update(deepcopy(self.__dict__, memo))
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise PassError(
+            "an optimised module is not pickled: save its state_dict(), and optimise again where "
+            "it is loaded"
+        )
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -69,20 +83,22 @@ class StandIn(nn.Module):
 class RegionModule(StandIn):
     """A region that runs its rewritten graph; or its own code, where the graph does not apply.
 
-    A graph holds for the mode (train or eval) and the plain arguments that it was traced with.
+    A graph holds for the mode (train or eval) and the plain arguments that it was traced with, and
+    while the modules whose code is in it have no forward hooks.
     """
 
     def __init__(
-        self, module: nn.Module, graph: fx.GraphModule, run: Callable[..., Any], path: str
+        self, module: nn.Module, run: Callable[..., Any], path: str, opened: Iterable[nn.Module]
     ) -> None:
         super().__init__(module)
-        self.guard = Guard(f"region:{path or 'model'}", "the mode and arguments of the trace")
+        self.guard = Guard(f"region:{path or 'model'}", "modes, arguments and hooks of the trace")
         self._run = run
-        self._modes = tuple((m, m.training) for m in _opened(module, graph))
+        self._modes = tuple((inner, inner.training) for inner in opened)
+        self._mode = module.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module itself would return."""
-        if all(module.training == mode for module, mode in self._modes):
+        if self._applies():
             try:
                 out = self._run(self._behind[0], *args, **kwargs)
             except OtherArguments:
@@ -93,21 +109,17 @@ class RegionModule(StandIn):
         self._count(False)
         return self._behind[0].forward(*args, **kwargs)
 
+    def _applies(self) -> bool:
+        if self.training != self._mode:
+            return False
+        for module, mode in self._modes:
+            if module.training != mode or module._forward_hooks or module._forward_pre_hooks:
+                return False
+        return True
+
     def _count(self, held: bool) -> None:
         if not torch.compiler.is_compiling():
             self.guard.count(held)
-
-
-def _opened(module: nn.Module, graph: fx.GraphModule) -> list[nn.Module]:
-    """The modules whose own code is in the graph: it depends on their mode."""
-    closed = {str(n.target) for n in graph.graph.nodes if n.op == "call_module"}
-    return [
-        inner
-        for name, inner in module.named_modules()
-        if not any(name == target or name.startswith(f"{target}.") for target in closed)
-        and type(inner).forward is not nn.Module.forward
-        and not isinstance(inner, Guarded)
-    ]
 
 
 class Optimized(StandIn):

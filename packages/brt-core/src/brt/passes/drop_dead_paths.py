@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import heapq
 import inspect
 import operator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,6 +16,7 @@ from brt.errors import PassError
 from brt.guard import Guarded, Spill
 from brt.passes.base import Context, Lowering, Pass
 from brt.passes.match import (
+    Chain,
     Scatter,
     argument,
     chains,
@@ -59,22 +62,14 @@ class DropDeadPaths(Pass):
 
     def run(self, graph: fx.GraphModule, ctx: Context) -> bool:
         """Move the branches of dead paths into spills."""
-        moved = 0
-        nothing = _without_rows(graph, ctx)
-        # Branches of outer scatters take those inside along: look again after each
-        seen: set[tuple[str, int, int]] = set()
-        while True:
-            dead = [
-                (scatter, path)
-                for scatter in scatters(graph.graph, ctx.scope)
-                for path in _dead(scatter, ctx)
-                if (scatter.target, scatter.call, path) not in seen
-            ]
-            if not dead:
-                return moved > 0
-            scatter, path = dead[0]
-            seen.add((scatter.target, scatter.call, path))
-            moved += _drop(graph, ctx, scatter, path, nothing)
+        chain_of, nothing = chains(graph.graph, ctx.scope), _without_rows(graph, ctx)
+        moved: set[fx.Node] = set()
+        # Outer scatters first: their branches take inner scatters along
+        for scatter in scatters(graph.graph, ctx.scope):
+            for path in _dead(scatter, ctx):
+                if scatter.node not in moved:
+                    moved.update(_drop(graph, ctx, scatter, path, chain_of, nothing))
+        return bool(moved)
 
 
 def _dead(scatter: Scatter, ctx: Context) -> list[int]:
@@ -112,33 +107,35 @@ def _drop(
     ctx: Context,
     scatter: Scatter,
     path: int,
+    chain_of: dict[fx.Node, Chain],
     nothing: dict[fx.Node, bool],
-) -> bool:
+) -> Iterable[fx.Node]:
+    """Move one branch, where there is one that can move; returns the nodes that are gone."""
     what = f"path {path} of {scatter.name}"
     start = scatter.path_P[path]
     if start is None:
         ctx.leave(what, "nothing reads its rows")
-        return False
+        return ()
     known = nothing if nothing.get(start) else {}
-    branch = _Branch(graph.graph, ctx.scope, scatter, path, start, known)
+    branch = _Branch(ctx.scope, scatter, path, start, chain_of, known)
     if not any(_works(node, ctx.scope) for node in branch.inside):
         if not any(isinstance(module_of(n, ctx.scope), Guarded) for n in branch.inside):
             ctx.leave(what, "it does no work of its own")
-        return False
+        return ()
     why_not = branch.unmovable()
     if why_not is not None:
         ctx.leave(what, why_not)
-        return False
-    where = f"{scatter.name}[{path}]"
-    guard = ctx.guard(where, "no cell takes this path")
+        return ()
+    guard = ctx.guard(f"{scatter.name}[{path}]", "no cell takes this path")
     node = branch.move(graph, ctx, Spill(guard, ctx.scope, branch.graph()))
+    chain_of[node] = chain_of[start]
     profile = ctx.seen(scatter)
     assert profile is not None
     ctx.note(
         f"{what}: no cell of {profile.cells} took it in {profile.num_forwards} forwards; its "
         f"{len(branch.inside)} nodes moved into {node.target}"
     )
-    return True
+    return branch.inside
 
 
 def _works(node: fx.Node, scope: nn.Module) -> bool:
@@ -153,16 +150,16 @@ class _Branch:
 
     A node is ``inside`` if what it takes comes from the path's rows or from before the scatter, and
     without rows its result is empty, as far as the sample (``nothing``) or its name tells; what is
-    wrong about that costs time only. What reads the branch and is not inside is ``behind`` it.
+    wrong about that costs time only. What depends on the branch and is not inside is `behind` it.
     """
 
     def __init__(
         self,
-        graph: fx.Graph,
         scope: nn.Module,
         scatter: Scatter,
         path: int,
         start: fx.Node,
+        chain_of: dict[fx.Node, Chain],
         nothing: dict[fx.Node, bool],
     ) -> None:
         self.scope = scope
@@ -170,24 +167,45 @@ class _Branch:
         if isinstance(argument(scatter.node, 0, "x"), (tuple, list)):
             self.starts |= {n for n in start.users if n.target is operator.getitem}
         self.inside: dict[fx.Node, None] = {}
-        self.behind: dict[fx.Node, None] = {}
-        self._place = {node: i for i, node in enumerate(graph.nodes)}
+        self._start = start
         self._nothing = nothing
-        chain_of = chains(graph, scope)
-        for node in graph.nodes:
-            taken = node.all_input_nodes
-            if node in self.starts or not any(self._of_branch(n) for n in taken):
+        self._is_behind: dict[fx.Node, bool] = {}
+        # In the order of the graph, so that what a node takes is known before it
+        todo = [user for node in self.starts for user in node.users if user not in self.starts]
+        heapq.heapify(todo)
+        while todo:
+            node = heapq.heappop(todo)
+            if node in self.inside or node in self._is_behind:
                 continue
-            own = (scatter.node, path) in chain_of[node] and not any(
-                n in self.behind for n in taken
-            )
+            own = (scatter.node, path) in chain_of.get(node, ())
+            own = own and not any(self.behind(n) for n in node.all_input_nodes)
             if own and self._stays_empty(node):
                 self.inside[node] = None
+                for user in node.users:
+                    heapq.heappush(todo, user)
             else:
-                self.behind[node] = None
+                self._is_behind[node] = True
 
-    def _of_branch(self, node: fx.Node) -> bool:
-        return node in self.starts or node in self.inside or node in self.behind
+    def behind(self, node: fx.Node) -> bool:
+        """Whether a node outside the branch depends on it."""
+        todo = [node]
+        while todo:
+            one = todo[-1]
+            if one in self._is_behind or one in self.inside or one in self.starts:
+                todo.pop()
+                continue
+            # What comes before the branch cannot depend on it
+            taken = [n for n in one.all_input_nodes if self._start < n]
+            unknown = [n for n in taken if not (n in self._is_behind or self._own(n))]
+            if unknown:
+                todo += unknown
+            else:
+                self._is_behind[one] = any(self._own(n) or self._is_behind[n] for n in taken)
+                todo.pop()
+        return self._is_behind.get(node, False)
+
+    def _own(self, node: fx.Node) -> bool:
+        return node in self.inside or node in self.starts
 
     def _stays_empty(self, node: fx.Node) -> bool:
         """Whether a node gives nothing where the path has no rows."""
@@ -227,20 +245,28 @@ class _Branch:
                 node, self.scope
             ):
                 return f"the route of {node.name} is read outside the branch"
-        last = max(self._place[n] for n in self.inside)
-        first = min(self._place[n] for n in self.inside)
-        for node in self._place:
-            if not first < self._place[node] < last or not writes(node, self.scope):
-                continue
-            if node not in self.inside:
-                return f"{node.name} writes in place between its nodes"
-            if any(self._place[n] < last for n in self.behind):
-                return f"{node.name} writes in place, and others read the branch before its end"
+        between = self._between()
+        for node in (*between, *self.inside):
+            if writes(node, self.scope):
+                if node not in self.inside:
+                    return f"{node.name} writes in place between its nodes"
+                if any(self.behind(n) for n in between):
+                    return f"{node.name} writes in place, and others read the branch before its end"
         return None
+
+    def _between(self) -> list[fx.Node]:
+        """The nodes of others between the first and the last of the branch."""
+        node, last = next(iter(self.inside)), next(reversed(self.inside))
+        found = []
+        while node is not last:
+            node = node.next
+            if node not in self.inside:
+                found.append(node)
+        return found
 
     def _writes_own(self, node: fx.Node) -> bool:
         target = node.args[0] if node.args else None
-        return isinstance(target, fx.Node) and (target in self.inside or target in self.starts)
+        return isinstance(target, fx.Node) and self._own(target)
 
     def graph(self) -> fx.Graph:
         """The branch alone."""
@@ -255,7 +281,8 @@ class _Branch:
     def move(self, graph: fx.GraphModule, ctx: Context, spill: Spill) -> fx.Node:
         """Put one call of the spill in the place of the branch."""
         inputs, outputs = self.inputs(), self.outputs()
-        last = max(self.inside, key=self._place.__getitem__)
+        last = next(reversed(self.inside))
+        late = [node for node in self._between() if self.behind(node)]
         target = ctx.insert(graph, spill, "brt_spill")
         with graph.graph.inserting_after(last):
             made = graph.graph.call_module(target, tuple(inputs))
@@ -266,10 +293,9 @@ class _Branch:
                 with graph.graph.inserting_after(after):
                     after = graph.graph.call_function(operator.getitem, (made, i))
                 results.append(after)
-        for node in self.behind:
-            if self._place[node] < self._place[last]:
-                after.append(node)
-                after = node
+        for node in late:
+            after.append(node)
+            after = node
         for old, new in zip(outputs, results, strict=True):
             old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in self.inside)
         for node in reversed(self.inside):

@@ -162,7 +162,19 @@ def _adopt(path: str, scope: nn.Module, graph: fx.GraphModule, calls: tuple[Call
         graph.__dict__[name] = scope.__dict__[name]
     _check_arguments(graph.graph)
     graph.recompile()
-    return Work(path, scope, graph, calls)
+    return Work(path, scope, graph, tuple(_opened(scope, graph.graph)), calls)
+
+
+def _opened(module: nn.Module, graph: fx.Graph) -> list[nn.Module]:
+    """The modules inside whose own code is in the graph: it depends on their mode and hooks."""
+    closed = {str(n.target) for n in graph.nodes if n.op == "call_module"}
+    return [
+        inner
+        for name, inner in module.named_modules()
+        if inner is not module
+        and not any(name == target or name.startswith(f"{target}.") for target in closed)
+        and type(inner).forward is not nn.Module.forward
+    ]
 
 
 def _check_arguments(graph: fx.Graph) -> None:
@@ -180,6 +192,9 @@ def _check_arguments(graph: fx.Graph) -> None:
 
 def _wrong_trace(work: Work) -> str | None:
     """Why the trace of a region cannot be used; None where it answers as its module does."""
+    for inner in work.opened:
+        if inner._forward_hooks or inner._forward_pre_hooks:
+            return f"{type(inner).__name__} in it has forward hooks, which a graph does not run"
     try:
         work.check(lambda _: TRACE_TOLERANCE)
     except Moved as error:
@@ -202,7 +217,7 @@ def put_back(copy: nn.Module, works: list[Work]) -> nn.Module:
     for work in works:
         if not work.changed:
             continue
-        region = RegionModule(work.scope, work.graph, compiled(work.graph.graph), work.path)
+        region = RegionModule(work.scope, compiled(work.graph.graph), work.path, work.opened)
         if work.scope is copy:
             root = region
             continue

@@ -29,6 +29,7 @@ class Work:
         path: of its module in the model.
         scope: its module; graph targets are names in it.
         graph: what passes rewrite; it shares the scope's parameters and modules.
+        opened: the modules in it whose own code the trace took in.
         calls: of the region on the sample.
         profile: of the region.
         records: of the passes so far.
@@ -38,6 +39,7 @@ class Work:
     path: str
     scope: nn.Module
     graph: fx.GraphModule
+    opened: tuple[nn.Module, ...] = ()
     calls: tuple[Call, ...] = ()
     profile: Profile | None = None
     records: list[Record] = field(default_factory=list)
