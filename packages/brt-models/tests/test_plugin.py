@@ -53,8 +53,8 @@ def test_variants_agree(name: str, request: pytest.FixtureRequest) -> None:
     for arguments in workload.sets:
         wanted = workload.reference(*arguments)
         for variant in workload.variants:
-            if "torch.compile" in variant.name:  # minutes; `brt bench` runs it
-                continue
+            if "torch.compile" in variant.name or not variant.is_checked:
+                continue  # compiling takes minutes; `brt bench` does it
             found = variant.make()(*arguments)
             error = (found - wanted).abs().max() / wanted.abs().max()
             assert error <= workload.tolerance, f"{name}, {variant.name}: {error}"

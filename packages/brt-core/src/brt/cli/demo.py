@@ -26,7 +26,7 @@ def demo(
     model: Annotated[
         str | None, typer.Option(help="A model with a demo; without one, the first of them.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for pictures and report.")] = Path("brt-demo"),
+    out: Annotated[Path, typer.Option(help="Folder for pictures and report.")] = Path("demo-out"),
     compiled: Annotated[
         bool,
         typer.Option("--compile/--no-compile", help="Also run torch.compile: most of the time."),

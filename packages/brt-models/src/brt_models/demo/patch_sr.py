@@ -38,7 +38,7 @@ MIN_EXTENT = 32  # pixels, so that of the photo shrunk to a quarter something is
 
 def run(
     photo: Path | None = None,
-    out: Path = Path("brt-demo"),
+    out: Path = Path("demo-out"),
     *,
     compiled: bool = True,
     seconds: float = 12.0,

@@ -170,8 +170,16 @@ def _workload(
             row("brt", "brt eager", lambda: model),
             row("brt", "brt torch.compile", compiled(model)),
             row("brt", "brt optimised", optimised),
+            row("limit", "dense product of as many operations", lambda: _product(x_BCHW, flops)),
         ],
     )
+
+
+def _product(like: Tensor, flops: float) -> Callable[[Tensor], Tensor]:
+    width = 1024
+    inner = max(1, round(flops / (2 * width**2)))
+    a, b = like.new_ones(width, inner), like.new_ones(inner, width)
+    return lambda x_BCHW: torch.mm(a, b)
 
 
 @torch.inference_mode()
