@@ -697,6 +697,7 @@ def test_the_recorder_takes_little_of_the_forward() -> None:
 
 
 @pytest.mark.cuda
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_recording_never_waits_for_the_device() -> None:
     class Packed(nn.Module):
         def __init__(self) -> None:

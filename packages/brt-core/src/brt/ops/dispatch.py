@@ -74,7 +74,7 @@ def check_devices(what: str, *tensors: Tensor | None) -> None:
 def same_size(what: str, came: int, wanted: int) -> None:
     """Raise where two sizes differ; while tracing, sizes may be symbols: then a runtime check."""
     if torch.compiler.is_compiling() or not (isinstance(came, int) and isinstance(wanted, int)):
-        torch._check(came == wanted, lambda: f"{what} must be equal in number")
+        torch._check(came == wanted)  # torch 2.11 traces no message that names ``what``
     elif came != wanted:
         raise RouteError(f"{what} must be equal in number, got {came} and {wanted}")
 
