@@ -281,6 +281,14 @@ class Meeting(Mixture):
         return self.gather(self.branches[0](torch.cat(paths)), route)
 
 
+class Each(Mixture):
+    """Branches that run only where they have rows."""
+
+    def forward(self, x: Tensor) -> Any:
+        paths, route = self.scatter(x, self.scores(x))
+        return self.gather(brt.each(self.branches, paths), route)
+
+
 class RouteRead(nn.Module):
     """The route inside a branch is read outside it."""
 
@@ -355,6 +363,7 @@ class Untaken(Mixture):
     ("model", "inside", "left", "why"),
     [
         (Meeting, (0,), "path 1 of scatter", "no work of its own"),
+        (Each, (0,), "path 1 of scatter", "brt.each runs its branch only where"),
         (RouteRead, (0,), "path 1 of outer", "route"),
         (Interleaved, (0, 1), "path 2 of scatter", "in place"),
         (Writing, (0, 1), "path 2 of scatter", "in place"),
@@ -370,7 +379,9 @@ def test_what_is_left_alone(model: type[nn.Module], inside: Any, left: str, why:
     assert [one for one in record.left if one.what == left and why in one.why], record.left
 
 
-@pytest.mark.parametrize("model", [Interleaved, Writing, Summing, Reducing, RouteRead, Untaken])
+@pytest.mark.parametrize(
+    "model", [Each, Interleaved, Writing, Summing, Reducing, RouteRead, Untaken]
+)
 @pytest.mark.parametrize("sampled", [True, False])
 def test_what_is_left_alone_is_right(model: type[nn.Module], sampled: bool) -> None:
     made = model()

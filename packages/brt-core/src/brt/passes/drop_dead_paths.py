@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from brt.errors import PassError
+from brt.grouped import each
 from brt.guard import Guarded, Spill
 from brt.passes.base import Context, Lowering, Pass
 from brt.passes.match import (
@@ -120,7 +121,9 @@ def _drop(
     branch = _Branch(ctx.scope, scatter, path, start, chain_of, known)
     if not any(_works(node, ctx.scope) for node in branch.inside):
         if not any(isinstance(module_of(n, ctx.scope), Guarded) for n in branch.inside):
-            ctx.leave(what, "it does no work of its own")
+            skipped = any(user.target is each for user in start.users)
+            why = "brt.each runs its branch only where it has rows"
+            ctx.leave(what, why if skipped else "it does no work of its own")
         return ()
     why_not = branch.unmovable()
     if why_not is not None:

@@ -165,16 +165,14 @@ def _adopt(path: str, scope: nn.Module, graph: fx.GraphModule, calls: tuple[Call
     return Work(path, scope, graph, tuple(_opened(scope, graph.graph)), calls)
 
 
-def _opened(module: nn.Module, graph: fx.Graph) -> list[nn.Module]:
+def _opened(module: nn.Module, graph: fx.Graph) -> Iterator[nn.Module]:
     """The modules inside whose own code is in the graph: it depends on their mode and hooks."""
     closed = {str(n.target) for n in graph.nodes if n.op == "call_module"}
-    return [
-        inner
-        for name, inner in module.named_modules()
-        if inner is not module
-        and not any(name == target or name.startswith(f"{target}.") for target in closed)
-        and type(inner).forward is not nn.Module.forward
-    ]
+    for name, inner in module.named_modules():
+        around = {name[:i] for i, char in enumerate(name) if char == "."} | {name}
+        if around & closed or inner is module or type(inner).forward is nn.Module.forward:
+            continue
+        yield inner
 
 
 def _check_arguments(graph: fx.Graph) -> None:
