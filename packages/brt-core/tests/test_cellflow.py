@@ -123,6 +123,11 @@ MIXES: list[Case] = [
     ("moved and added", Call(lambda x: x + x.t().reshape(x.shape)), rows(DIM)),
     ("values that decide", Call(lambda x: x * x.sum().item()), rows(DIM)),
     ("a histogram", Call(lambda x: torch.bincount(x)), torch.randint(4, (N,))),
+    (
+        "code for a few cells",
+        Call(lambda x: x * 2 if x.shape[0] > 5 else x),
+        rows(DIM),
+    ),
     ("halves of cells", Call(lambda x: x.view(-1, 2, DIM)), torch.randn(8, DIM)),
     ("cells repeated", Call(lambda x: x.repeat(2, 1)), rows(DIM)),
     ("neighbours", Call(lambda x: x + x.roll(1, 0)), rows(DIM)),
@@ -204,6 +209,37 @@ def test_a_node_that_cannot_run_without_data_takes_the_sample_s_shapes() -> None
     assert flows["_2"].kind == "mixes"
 
 
+class Cross(nn.Module):
+    """Queries of one kind of cells to those of another."""
+
+    def forward(self, queries: Tensor, keys: Tensor) -> Tensor:
+        weights: Tensor = (queries @ keys.t()).softmax(-1)
+        return weights @ keys
+
+
+def test_the_rows_of_every_input_must_be_kept_apart() -> None:
+    graph = fx.Graph()
+    inputs = (graph.placeholder("queries"), graph.placeholder("keys"))
+    graph.output(graph.call_module("cross", inputs))
+    flows = cellflow(
+        fx.GraphModule({"cross": Cross()}, graph), (torch.randn(5, 4), torch.randn(9, 4))
+    )
+    assert [flow.kind for node, flow in flows.items() if node.op == "call_module"] == ["mixes"]
+
+
+def test_what_comes_from_the_shape_of_a_cell_is_constant() -> None:
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(LENGTH, DIM)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = x + self.table(torch.arange(x.shape[1]))
+            return y
+
+    assert worst(Positions(), rows(LENGTH, DIM)).kind == "keeps"
+
+
 def test_bad_input() -> None:
     with pytest.raises(brt.TraceError, match=r"brt\.trace"):
         cellflow(nn.Linear(2, 2))  # type: ignore[arg-type]
@@ -229,9 +265,9 @@ class Moe(nn.Module):
 
 def kinds(model: nn.Module, x: Tensor) -> dict[str, str]:
     found = cellflow(trace(model.eval()), x)
-    names: dict[str, str] = {
-        node.name.removesuffix("_"): flow.kind for node, flow in found.items()
-    } | {str(node.target): flow.kind for node, flow in found.items() if node.op == "call_module"}
+    names: dict[str, str] = {}
+    for node, flow in found.items():
+        names[str(node.target) if node.op == "call_module" else node.name] = flow.kind
     return names
 
 

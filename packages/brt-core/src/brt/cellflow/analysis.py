@@ -32,9 +32,9 @@ def cellflow(graph: fx.GraphModule, sample: Any = None) -> dict[fx.Node, Flow]:
 
     Every node is run, operator by operator, on tensors without data whose number of cells is a
     symbol; a table says what each ATen operator does, and an operator that it does not know mixes.
-    What depends on the number or the places of cells, or draws random numbers, mixes too. Inputs
-    whose dim 0 counts something else than that of the node's output are the same for all cells,
-    and so are parameters.
+    What depends on the number or the places of cells, or draws random numbers, mixes too. Where
+    inputs have different numbers of rows, the node must keep the rows of each apart; parameters,
+    constants and single numbers are the same for all cells.
 
     ``sample`` is a batch as `brt.profile` takes them; only its shapes and dtypes matter, unless a
     node cannot run without data: then the graph runs once on the sample. Without a sample only
@@ -91,15 +91,18 @@ class _Analysis:
                     return node
             if node.op != "output" and _has(value, Unknown):
                 value = self._as_on_sample(node)
-            # What comes from no input, and is no number of cells, is the same for all of them
-            if node.op == "placeholder":
-                constant = not tensors_in(value)
-            else:
-                constant = all(n in self._constant for n in node.all_input_nodes)
-            if constant:
+            if self._is_constant(node, value):
                 self._constant.add(node)
             self.flows[node], self._values[node] = flow, value
         return None
+
+    def _is_constant(self, node: fx.Node, value: Any) -> bool:
+        """Whether a value is the same whatever the cells are, and however many."""
+        if node.op != "placeholder" and all(n in self._constant for n in node.all_input_nodes):
+            return True
+        return not _has(
+            value, (Tensor, torch.SymInt, torch.SymFloat, Unknown, KnownRoute, KnownCells)
+        )
 
     def _node(self, node: fx.Node) -> tuple[Flow, Any]:
         if node.op == "output":
@@ -184,8 +187,8 @@ def _entries_used(node: fx.Node) -> set[Any] | None:
     users = [u for u in node.users if u.op == "call_function" and u.target is operator.getitem]
     if node.op != "call_module" or not users or len(users) < len(node.users):
         return None
-    entries = {u.args[1] for u in users}
-    return entries if all(isinstance(e, int) for e in entries) else None
+    entries = [u.args[1] for u in users]
+    return set(entries) if all(isinstance(e, int) for e in entries) else None
 
 
 def _arguments(graph: fx.GraphModule, sample: tuple[Any, Any]) -> dict[fx.Node, Any]:

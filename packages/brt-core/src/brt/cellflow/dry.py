@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import sys
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +18,11 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils import _pytree as pytree
 
-from brt.cellflow.follow import Follow, is_row
+from brt.cellflow.follow import Follow, ReadsValuesError, is_row
 from brt.cellflow.states import ORDER, Along, Axis, Flow, Mixed, Size, as_expr, same
+
+# Code of torch and of brt means nothing by asking: it is right for any number
+_KNOWS_SYMBOLS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
 
 
 class Unknown:
@@ -76,7 +81,7 @@ class DryRun:
         """
         numbers = [s for s in pytree.tree_leaves((args, kwargs)) if isinstance(s, torch.SymInt)]
         sizes = _distinct([t.shape[0] for t in cells if t.ndim] or numbers or [0])
-        best, value = Flow("mixes", "takes no cells"), UNKNOWN
+        worst, value = Flow("keeps", "takes no cells"), UNKNOWN
         for i, size in enumerate(sizes):
             follow = Follow(Axis(size))
             for tensor in cells:
@@ -90,23 +95,35 @@ class DryRun:
                 return Flow("mixes", f"{type(error).__name__}: {line}"[:200]), UNKNOWN
             self.fixed |= isinstance(size, torch.SymInt) and bool(as_expr(size).is_number)
             flow = _verdict(follow, value if used is None else [value[k] for k in used])
-            if i == 0 or ORDER.index(flow.kind) < ORDER.index(best.kind):
-                best = flow
-            if best.kind == "keeps":
+            if i == 0 or ORDER.index(flow.kind) > ORDER.index(worst.kind):
+                worst = flow
+            if worst.kind == "mixes":
                 break
-        return best, value
+        return worst, value
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without warnings, and without fused attention layers, which are no operators of ATen."""
+    """Let a module run without data, and raise where its code branches on a number of cells.
+
+    Without warnings, and without fused attention layers, which are no operators of ATen.
+    """
+    decide = torch.SymBool.__bool__
+
+    def refuse(condition: torch.SymBool) -> bool:
+        if not sys._getframe(1).f_code.co_filename.startswith(_KNOWS_SYMBOLS):
+            raise ReadsValuesError("its code branches on the number of cells")
+        return decide(condition)
+
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    torch.SymBool.__bool__ = refuse  # type: ignore[method-assign]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
+        torch.SymBool.__bool__ = decide  # type: ignore[method-assign]
         torch.backends.mha.set_fastpath_enabled(fast)
 
 

@@ -62,7 +62,12 @@ class Follow(TorchDispatchMode):
             if func._schema.name not in _HARMLESS and any(s is not None for s in states):
                 raise ReadsValuesError(f"{func._schema.name} reads values of cells")
             return out
-        self._enter(func, args, self._infer(func, args, kwargs, out, leaves, states), outs)
+        self._enter(
+            func,
+            {**dict(enumerate(args)), **kwargs},
+            outs,
+            self._infer(func, args, kwargs, out, leaves, states),
+        )
         return out
 
     def _infer(
@@ -92,25 +97,25 @@ class Follow(TorchDispatchMode):
     def _enter(
         self,
         func: torch._ops.OpOverload,
-        args: tuple[Any, ...],
-        found: State | list[State],
+        given: dict[int | str, Any],
         outs: list[Tensor],
+        found: State | list[State],
     ) -> None:
         states = found if isinstance(found, list) else [found] * len(outs)
         written = {
-            id(args[i])
+            id(tensor): tensor
             for i, arg in enumerate(func._schema.arguments)
-            if arg.alias_info is not None and arg.alias_info.is_write and i < len(args)
+            if arg.alias_info is not None and arg.alias_info.is_write
+            for tensor in pytree.tree_leaves(given.get(i, given.get(arg.name)))
+            if isinstance(tensor, Tensor)
         }
         for tensor, state in zip(outs, states, strict=True):
-            if id(tensor) in written and state != self.state_of(tensor):
+            if written.pop(id(tensor), None) is not None and state != self.state_of(tensor):
                 reason = state if isinstance(state, Mixed) else Mixed("writes cells into a tensor")
                 self._spoilt[_memory(tensor)] = reason
             self.mark(tensor, state)
-        if written and not written & {id(t) for t in outs}:  # writes what it does not return
-            for i in range(len(args)):
-                if id(args[i]) in written and isinstance(args[i], Tensor):
-                    self._spoilt[_memory(args[i])] = Mixed(f"{func._schema.name} writes into it")
+        for tensor in written.values():  # and does not return it
+            self._spoilt[_memory(tensor)] = Mixed(f"{func._schema.name} writes into it")
 
 
 def is_row(state: State) -> bool:
