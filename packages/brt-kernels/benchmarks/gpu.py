@@ -21,7 +21,7 @@ FLUSH_BYTES = 256 << 20
 
 
 def replay_us(call: Callable[[], object], repeats: int = 20) -> float:
-    """Median microseconds of one replay of ``call`` in a CUDA graph, the L2 cache flushed before."""
+    """Median microseconds of one replay of ``call`` in a CUDA graph, L2 cache flushed before."""
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -109,7 +109,7 @@ def mlp_case(
     name: str, up: Tensor, down: Tensor, activation: str, num_cells: int, k: int
 ) -> dict[str, object]:
     """One layer at one number of cells."""
-    num_paths, dim, hidden = down.shape
+    num_paths, dim, _ = down.shape
     x = torch.randn(num_cells, dim, device="cuda").bfloat16()
     choice = torch.rand(num_cells, num_paths, device="cuda").topk(k, 1).indices
     cell_R, _, row_NK, offsets = ops.route(choice, num_paths)
