@@ -279,6 +279,19 @@ def test_a_model_that_can_be_traced_in_part_only() -> None:
     assert_same(fast.float().to("cpu"), model)
 
 
+def test_modules_that_stay_one_node_are_listed() -> None:
+    class Odd(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 2 if len(x) > 3 else x * 3
+
+    model = nn.Sequential(Odd(), Mixture()).eval()
+    fast = made(model)
+    (region,) = fast.report.regions
+    assert region.closed.keys() == {"0"}
+    assert "one node: 0: Odd" in str(fast.report)
+    assert_same(fast, model)
+
+
 def test_one_module_in_two_places() -> None:
     class Twice(Untraceable):
         def __init__(self) -> None:

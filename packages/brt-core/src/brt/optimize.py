@@ -78,6 +78,7 @@ def optimize(
             view_after,
             tuple(work.records),
             routers,
+            work.closed,
         )
         reports.append(made)
     fast._report = Report(

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from brt import graph as tracing
 from brt.errors import PassError, ProfileError
+from brt.graph import Region
 from brt.guard import compiled
 from brt.optimized import RegionModule, expect, expect_given
 from brt.passes.base import Call
@@ -61,14 +62,15 @@ def regions_of(
         if r.graph is None
     ]
     left += _closed_routers(copy)
-    traced = {r.path: r.graph for r in found if r.graph is not None}
+    traced = {r.path: r for r in found if r.graph is not None}
     calls: Mapping[str, list[Call]] = {}
     if sample is not None:
         modules = {path: copy.get_submodule(path) for path in traced}
         calls = _calls(copy, modules, sample, most=_MOST_CALLS, keep=True)
     works = []
-    for path, graph in traced.items():
-        work = _adopt(path, copy.get_submodule(path), graph, tuple(calls.get(path, ())))
+    for path, region in traced.items():
+        work = _adopt(region, copy.get_submodule(path))
+        work.calls = tuple(calls.get(path, ()))
         work.profile = _region_profile(profile, path)
         reason = _wrong_trace(work)
         if reason is None:
@@ -150,8 +152,10 @@ def _watched(
             handle.remove()
 
 
-def _adopt(path: str, scope: nn.Module, graph: fx.GraphModule, calls: tuple[Call, ...]) -> Work:
+def _adopt(region: Region, scope: nn.Module) -> Work:
     """Let a trace share the parameters and modules of its region's module."""
+    graph = region.graph
+    assert graph is not None
     for name, tensor in graph._buffers.items():
         if name in scope._buffers:
             continue
@@ -162,7 +166,7 @@ def _adopt(path: str, scope: nn.Module, graph: fx.GraphModule, calls: tuple[Call
         graph.__dict__[name] = scope.__dict__[name]
     _check_arguments(graph.graph)
     graph.recompile()
-    return Work(path, scope, graph, tuple(_opened(scope, graph.graph)), calls)
+    return Work(region.path, scope, graph, tuple(_opened(scope, graph.graph)), region.opaque)
 
 
 def _opened(module: nn.Module, graph: fx.Graph) -> Iterator[nn.Module]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -30,6 +30,7 @@ class Work:
         scope: its module; graph targets are names in it.
         graph: what passes rewrite; it shares the scope's parameters and modules.
         opened: the modules in it whose own code the trace took in.
+        closed: {path: why} of modules that the trace could not open.
         calls: of the region on the sample.
         profile: of the region.
         records: of the passes so far.
@@ -40,6 +41,7 @@ class Work:
     scope: nn.Module
     graph: fx.GraphModule
     opened: tuple[nn.Module, ...] = ()
+    closed: Mapping[str, str] = field(default_factory=dict)
     calls: tuple[Call, ...] = ()
     profile: Profile | None = None
     records: list[Record] = field(default_factory=list)

@@ -98,6 +98,8 @@ class RegionReport:
         before, after: its graph before the first and after the last pass; None where it has none.
         records: of the passes that ran on it, in that order.
         routers: what the profile knows of its routers.
+        closed: {path: why} of its modules without routers that could not be traced: each stays one
+            node, which passes do not look into.
     """
 
     path: str
@@ -107,6 +109,7 @@ class RegionReport:
     after: GraphView | None
     records: tuple[Record, ...] = ()
     routers: tuple[RouterView, ...] = ()
+    closed: Mapping[str, str] = field(default_factory=dict)
 
 
 def _no_stats() -> Mapping[str, Mapping[str, int]]:
@@ -194,6 +197,7 @@ class Report:
             if region.reason is not None:
                 name = region.path or "the model"
                 lines.append(f"left alone: {name} ({region.type}): {region.reason}")
+            lines += [f"one node: {path}: {why}" for path, why in region.closed.items()]
         return lines
 
     def _passes(self) -> list[str]:

@@ -57,6 +57,7 @@ def _region(data: Mapping[str, Any]) -> RegionReport:
         after=_graph(data["after"]),
         records=tuple(_record(record) for record in data["records"]),
         routers=tuple(_router(router) for router in data["routers"]),
+        closed=data.get("closed", {}),
     )
 
 
