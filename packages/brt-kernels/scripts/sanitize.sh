@@ -17,4 +17,11 @@ export PYTHONPATH="$build/site${PYTHONPATH:+:$PYTHONPATH}"
 export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1
 LD_PRELOAD="$(gcc -print-file-name=libasan.so):$(gcc -print-file-name=libubsan.so):$(gcc -print-file-name=libstdc++.so)"
 export LD_PRELOAD
-exec "$python" -m pytest "$package/tests" -q -p no:cacheprovider -m "not cuda" "$@"
+# An editable installation's finder comes before PYTHONPATH: leave it out
+exec "$python" -c '
+import sys
+sys.meta_path = [f for f in sys.meta_path if not type(f).__name__.startswith("ScikitBuild")]
+import brt_kernels, pytest
+print(brt_kernels.__file__)
+sys.exit(pytest.main(sys.argv[1:]))
+' "$package/tests" -q -p no:cacheprovider -m "not cuda" "$@"
