@@ -289,7 +289,7 @@ def _margins(scores: Tensor | None, mask_NP: Tensor) -> Tensor:
     taken_N = scores_NP.masked_fill(~mask_NP, torch.inf).amin(1)
     other_N = scores_NP.masked_fill(mask_NP, -torch.inf).amax(1)
     margin_N = taken_N - other_N
-    edges = torch.tensor(MARGIN_EDGES, device=margin_N.device)
+    edges = torch.tensor(MARGIN_EDGES).to(margin_N.device, non_blocking=True)
     bin_N = torch.bucketize(margin_N, edges, right=True)
     # Cells without a margin go to a spare last bin
     bin_N = torch.where(margin_N.isfinite(), bin_N, len(counts) - 1)

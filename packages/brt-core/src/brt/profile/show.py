@@ -19,8 +19,8 @@ _MOST_PICTURES = 24
 
 def text(profile: Profile) -> str:
     """A line for each path: the share of cells that took it, over all forwards."""
-    what = f"{profile.num_forwards} forward{'s' if profile.num_forwards != 1 else ''}"
-    lines = [f"Profile of {profile.model}: {what}, {len(profile.routers)} router calls"]
+    forwards = _count(profile.num_forwards, "forward")
+    lines = [f"Profile of {profile.model}: {forwards}, {_count(len(profile.routers), 'decision')}"]
     for router in profile.routers.values():
         lines += ["", *_lines(router)]
     missing = set(profile.routers_of_model) - {r.module for r in profile.routers.values()}
@@ -30,16 +30,16 @@ def text(profile: Profile) -> str:
 
 
 def _lines(router: RouterProfile) -> list[str]:
-    head = f"{router.key}: {router.cells} cells in {router.num_forwards} forwards"
+    forwards = _count(router.num_forwards, "forward")
+    head = f"{router.key}: {_count(router.cells, 'cell')} in {forwards}"
     for count, what in ((router.unrouted, "on no path"), (router.dropped, "choices dropped")):
         head += f", {count} {what}" if count else ""
     lines = [head]
     share_P, fractions = router.share_P.tolist(), router.fractions
     low_P, high_P = fractions.min_P.tolist(), fractions.max_P.tolist()
-    shown = range(router.num_paths)
+    shown = list(range(router.num_paths))
     if router.num_paths > _MOST_PATHS:  # the busiest ones, in their order
-        busiest = sorted(shown, key=lambda p: -share_P[p])[: _MOST_PATHS - 1]
-        shown = sorted(busiest)  # type: ignore[assignment]
+        shown = sorted(sorted(shown, key=lambda p: -share_P[p])[: _MOST_PATHS - 1])
     for p in shown:
         bar = "#" * round(share_P[p] * _WIDTH)
         lines.append(
@@ -51,6 +51,10 @@ def _lines(router: RouterProfile) -> list[str]:
         num_never = sum(bool(router.never_P[p]) for p in rest)
         lines.append(f"  ... and {len(rest)} paths more, of which {num_never} never taken")
     return lines
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _permanence(router: RouterProfile, path: int) -> str:
