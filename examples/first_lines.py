@@ -22,7 +22,7 @@ class SparseMLP(nn.Module):
     def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
         cells_ND, grid = brt.annotate(x_BSD, dims=(0, 1))  # a token is a cell
         paths, route = self.scatter(cells_ND, self.gate(cells_ND).softmax(-1))
-        out_ND = self.gather([e(path) for e, path in zip(self.experts, paths)], route)
+        out_ND = self.gather([e(path) for e, path in zip(self.experts, paths, strict=True)], route)
         return grid.restore(out_ND)
 
 

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from brt_acme.drop_identities import DropIdentities
+from brt_acme.shared_scatter import SharedScatter
+from brt_acme.top_p import TopP
 from torch import nn
 
 import brt
 import brt.testing
-from brt_acme.drop_identities import DropIdentities
-from brt_acme.shared_scatter import SharedScatter
-from brt_acme.top_p import TopP
 
 
 class Sparse(nn.Module):

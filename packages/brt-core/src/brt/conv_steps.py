@@ -17,7 +17,7 @@ from brt.errors import RouteError
 class ConvStep:
     """One step of a branch: ``dst = shuffle(post(act(conv(src) + bias) * scale + add))``.
 
-    Images live in registers; register 0 is the cell that enters, and the last step's ``dst`` leaves.
+    Images live in registers; register 0 is the cell that enters, the last step's ``dst`` leaves.
     Convolutions are 3x3 with padding 1, or 1x1, of stride 1. ``weight``, ``bias`` and ``slope``
     are positions in the list of parameters, ``add`` a register; -1 = none.
 

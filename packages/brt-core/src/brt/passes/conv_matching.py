@@ -135,7 +135,7 @@ class Matcher:
         return self._images[value]
 
     def _open(self, image: _Image, node: fx.Node) -> ConvStep:
-        """The step of an image that only this node reads, so that the node may become part of it."""
+        """The step of an image that only this node reads: the node may become part of it."""
         if image.step == _ENTRY or image.step in self._closed:
             raise NoChainError(f"{node.name} follows no convolution of its own")
         return self._steps[image.step]

@@ -283,9 +283,9 @@ def _gather_of(ctx: Context, scatter: Scatter) -> tuple[fx.Node, list[fx.Node]]:
     """The one gather that takes back a scatter's route, and the results of the branches."""
     gathers = []
     for node in scatter.route.users if scatter.route is not None else ():
-        if isinstance(module_of(node, ctx.scope), GatherRouter):
-            if _argument(node, 1, "where") is scatter.route:
-                gathers.append(node)
+        takes_it = _argument(node, 1, "where") is scatter.route
+        if takes_it and isinstance(module_of(node, ctx.scope), GatherRouter):
+            gathers.append(node)
     if len(gathers) != 1:
         raise NoChainError(f"{len(gathers)} gathers take back its route, not one")
     rows = _argument(gathers[0], 0, "rows")
