@@ -72,7 +72,7 @@ class Spec(Offer):
 
         The first line of the docstring is the summary; `fields` override or add.
         """
-        given = {
+        given: dict[str, Any] = {
             "name": getattr(made, "name", None),
             "summary": inspect.cleandoc(made.__doc__ or "").partition("\n")[0].replace("``", ""),
             "factory": made,

@@ -81,7 +81,7 @@ def main() -> None:
     """Run the command that ``sys.argv`` names, and exit."""
     stderr = Console(stderr=True, soft_wrap=True)
 
-    def show_warning(message: Warning | str, *_: object) -> None:
+    def show_warning(message: Warning | str, *_: object, **__: object) -> None:
         stderr.print(f"[yellow]brt: warning:[/] {escape(str(message))}")
 
     with warnings.catch_warnings():

@@ -36,7 +36,7 @@ class Owned:
 
     def get(self) -> Tensor:
         """The parameter that is there now."""
-        return getattr(self.module, self.name)  # type: ignore[no-any-return]
+        return getattr(self.module, self.name)
 
 
 @dataclass

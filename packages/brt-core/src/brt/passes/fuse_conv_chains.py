@@ -252,7 +252,7 @@ def _branch(
         if at != path or rows[path] is not entry:
             raise NoChainError("brt.each runs its module on another path")
         module = ctx.scope.get_submodule(str(modules[path].target))  # type: ignore[union-attr]
-        return _branch_of_module(module, params), {source, result, *modules}  # type: ignore[arg-type]
+        return _branch_of_module(module, params), {source, result, *modules}
     nodes, wanted = [], {result}
     for node in reversed(graph.graph.nodes):
         if node in wanted and node is not entry:
