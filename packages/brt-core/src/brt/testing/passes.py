@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
-from brt.errors import PassError
+from brt.errors import PassError, PluginWarning
 from brt.graph import as_call
 from brt.optimize import optimize
 from brt.passes.base import Context, Lowering, Pass
@@ -46,7 +47,11 @@ def check_pass(
     before = _state(model)
     _check_region_by_region(rules, one, model, profiled, inputs[0])
     _require_untouched(rules, model, before)
-    with rules.holds("runs, or raises PassError in `requires`"):
+    with (
+        warnings.catch_warnings(),
+        rules.holds("runs, or raises PassError in `requires`"),
+    ):
+        warnings.simplefilter("ignore", PluginWarning)  # it may refuse
         fast = optimize(model, profiled, passes=[one], sample=inputs[0])
     _require_untouched(rules, model, before)
     rules.require(
