@@ -55,13 +55,14 @@ class Route:
         """The route with `sizes`, its tensors cut to the rows there are; reads the device once."""
         if self.sizes is not None:
             return self
+        if _is_zero(self.cell_R.shape[0]):
+            return replace(self, sizes=(0,) * self.num_paths)
         sizes = ops.path_sizes(self.offsets_P1)
-        total = sum(sizes)
+        total = _sum(sizes)
         cell_R, weight_R = self.cell_R, self.weight_R
         if torch.compiler.is_compiling():
             for size in sizes:
                 torch._check(size >= 0)
-                torch._check(size <= cell_R.shape[0])
             torch._check(total <= cell_R.shape[0])
         if torch.compiler.is_compiling() or total < cell_R.shape[0]:
             cell_R = cell_R.narrow(0, 0, total)
@@ -81,7 +82,7 @@ class Route:
         path %= self.num_paths
         sized = self.with_sizes()
         assert sized.sizes is not None
-        start, size = sum(sized.sizes[:path]), sized.sizes[path]
+        start, size = _sum(sized.sizes[:path]), sized.sizes[path]
         cell_R = sized.cell_R.narrow(0, start, size)
         if self.cells.cell_R is not None:
             cell_R = self.cells.cell_R.index_select(0, cell_R.clamp(min=0))
@@ -163,6 +164,23 @@ def make_route(decision: Decision, num_cells: int, cells: Cells | None = None) -
         # A row's weight is that of the choice that made it: a dispatch of single numbers
         weight_R = ops.dispatch(decision.weight.reshape(-1), slot_R, row_NK.reshape(-1, 1))
     return Route(decision.num_paths, num_cells, cells, cell_R, row_NK, offsets_P1, weight_R)
+
+
+def _sum(sizes: Sequence[int]) -> int:
+    # Not the built-in: the compiler makes torch.sym_sum of it, which torch.export cannot save
+    total = 0
+    for size in sizes:
+        total = total + size
+    return total
+
+
+def _is_zero(size: int) -> bool:
+    # Known without looking: a size that torch.export then never meets again cannot be loaded
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        return statically_known_true(size == 0)
+    return size == 0
 
 
 @dataclass(frozen=True, eq=False)
