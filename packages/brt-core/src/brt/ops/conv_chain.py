@@ -38,7 +38,7 @@ def conv_chain(
     those of the steps, computed again in the backward: between the steps nothing is kept.
     """
     steps, scales, step_offsets_P1 = flatten_branches(branches)
-    return torch.ops.brt.conv_chain(  # type: ignore[no-any-return]
+    return torch.ops.brt.conv_chain(
         x_RCHW, offsets_P1, list(params), steps, step_offsets_P1, scales
     )
 

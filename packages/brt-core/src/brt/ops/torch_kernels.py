@@ -61,9 +61,7 @@ def _refuses(x_RI: Tensor, num_paths: int, *others: Tensor) -> str | None:
     return None
 
 
-def _refuses_linear(
-    x_RI: Tensor, offsets_P1: Tensor, weight_POI: Tensor, *_: Any
-) -> str | None:
+def _refuses_linear(x_RI: Tensor, offsets_P1: Tensor, weight_POI: Tensor, *_: Any) -> str | None:
     return _refuses(x_RI, weight_POI.shape[0], weight_POI)
 
 
