@@ -117,7 +117,10 @@ def _linear(device: str) -> Callable[..., float]:
     rate = FLOPS_PER_US[device]
 
     def estimate(x_RI: Tensor, offsets_P1: Tensor, weight_POI: Tensor, *_: Any) -> float:
-        return PRODUCT_US[device] + 2 * x_RI.shape[0] * weight_POI.shape[1] * weight_POI.shape[2] / rate
+        return (
+            PRODUCT_US[device]
+            + 2 * x_RI.shape[0] * weight_POI.shape[1] * weight_POI.shape[2] / rate
+        )
 
     return estimate
 
