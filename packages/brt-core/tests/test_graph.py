@@ -432,7 +432,7 @@ def test_the_error_says_where_why_and_what_to_do() -> None:
     assert "branches on a value" in message
     assert "test_graph.py" in message
     assert "if x.sum() > 0:" in message
-    assert "brt.graph.regions" in message
+    assert "brt.regions(model)" in message
 
 
 class KeepsLast(Moe):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,7 +23,9 @@ from brt.cellflow.follow import Follow, ReadsValuesError, is_row
 from brt.cellflow.states import ORDER, Along, Axis, Flow, Mixed, Size, as_expr, same
 
 # Code of torch and of brt means nothing by asking: it is right for any number
-_KNOWS_SYMBOLS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+_KNOWS_SYMBOLS = tuple(
+    f"{folder}{os.sep}" for folder in (Path(torch.__file__).parent, Path(__file__).parents[1])
+)
 
 
 class Unknown:

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from brt.cellflow.call import TAKES_SIZES, Call
 from brt.cellflow.states import Along, Axis, Mixed, State
-from brt.cellflow.table import TAKES_SIZES, Call, attention, find
+from brt.cellflow.table import attention, find
 
 # What tells sizes, and no values
 _HARMLESS = {

@@ -1,90 +1,26 @@
-"""What each ATen operator does with cells: the table, and nothing is assumed of others.
-
-A rule is given a `Call` of which at least one tensor carries cells (or a number was computed from
-their number), and none is mixed; it returns where the cells are in the results.
-"""
+"""What each ATen operator does with cells: the table, and nothing is assumed of others."""
 
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from brt.cellflow.states import Along, Axis, Mixed, Size, State, as_expr, same, size_of, whole
-
-Rule = Callable[["Call"], "State | list[State]"]
-
-RULES: dict[str, Rule] = {}
-"""Rules by operator name without overload ("aten::mm")."""
+from brt.cellflow.call import (
+    RULES,
+    Call,
+    Rule,
+    broadcast,
+    dims_of,
+    only,
+    product_of,
+    rule,
+    varies,
+)
+from brt.cellflow.states import Along, Mixed, State, as_expr, same, size_of, whole
 
 _moves = itertools.count(1)
-
-TAKES_SIZES: set[str] = set()
-"""Operators that may be given the number of cells: their rules look at it."""
-
-
-class Call:
-    """One call of an operator: its arguments by name, and where cells lie in them."""
-
-    def __init__(
-        self,
-        func: torch._ops.OpOverload,
-        args: Sequence[Any],
-        kwargs: dict[str, Any],
-        out: Any,
-        axis: Axis,
-        state_of: Callable[[Tensor], State],
-    ) -> None:
-        self.name = func._schema.name
-        self.args = {arg.name: arg.default_value for arg in func._schema.arguments}
-        self.args.update(zip(self.args, args, strict=False))
-        self.args.update(kwargs)
-        self.out = out
-        self.axis = axis
-        self.state_of = state_of
-
-    def __getitem__(self, name: str) -> Any:
-        return self.args[name]
-
-    def tensors(self) -> list[Tensor]:
-        """All tensors among the arguments."""
-        return [t for t in pytree.tree_leaves(list(self.args.values())) if isinstance(t, Tensor)]
-
-    def first(self) -> Tensor:
-        """The first tensor argument."""
-        return self.tensors()[0]
-
-    def along(self, tensor: Tensor | None) -> Along | None:
-        """Where the cells lie in a tensor that is not mixed."""
-        state = None if tensor is None else self.state_of(tensor)
-        assert not isinstance(state, Mixed)
-        return state
-
-    def carriers(self) -> list[tuple[Tensor, Along]]:
-        """The tensors with cells."""
-        return [(t, a) for t in self.tensors() if (a := self.along(t)) is not None]
-
-    def uses_number(self) -> bool:
-        """Whether any number among the arguments was computed from the number of cells."""
-        return any(self.axis.mentioned_in(v) for v in pytree.tree_leaves(list(self.args.values())))
-
-
-def rule(*names: str, sizes: bool = False) -> Callable[[Rule], Rule]:
-    """Enter a rule into the table under these names of ATen operators."""
-
-    def enter(given: Rule) -> Rule:
-        for name in names:
-            RULES[f"aten::{name}"] = given
-            if sizes:
-                TAKES_SIZES.add(f"aten::{name}")
-        return given
-
-    return enter
 
 
 def find(func: torch._ops.OpOverload) -> Rule | None:
@@ -96,56 +32,12 @@ def find(func: torch._ops.OpOverload) -> Rule | None:
     return found
 
 
-def _only(call: Call, tensor: Tensor) -> Along | Mixed:
-    """Cells of this argument, where no other one has any."""
-    if any(t is not tensor for t, _ in call.carriers()):
-        return Mixed(f"{call.name} takes cells in several arguments")
-    found = call.along(tensor)
-    return Mixed(f"{call.name} uses the number of cells") if found is None else found
-
-
-def _dims(given: Any, ndim: int) -> list[int]:
-    """Dims as a list of non-negative ones; none given means all."""
-    if given is None or (isinstance(given, (list, tuple)) and not given):
-        return list(range(ndim))
-    listed = given if isinstance(given, (list, tuple)) else [given]
-    return [d % max(ndim, 1) for d in listed]
-
-
-def _product(sizes: Sequence[Size]) -> Any:
-    return math.prod([as_expr(s) for s in sizes], start=as_expr(1))
-
-
-def _varies(tensor: Tensor, dim: int) -> bool:
-    """Whether a constant may differ along a dim (counted from the front; negative = not there)."""
-    return dim >= 0 and not same(size_of(tensor, dim), 1)
-
-
-def _broadcast(call: Call, tensors: Sequence[Tensor], ndim: int) -> State:
-    """Tensors are lined up from their last dims; every element is made of those at its place."""
-    found: Along | None = None
-    for tensor in tensors:
-        along = call.along(tensor)
-        if along is None:
-            continue
-        here = along.at(along.dim + ndim - tensor.ndim)
-        if found is not None and here != found:
-            return Mixed(f"{call.name} combines cells that lie in different places")
-        found = here
-    if found is None:
-        return None
-    for tensor in tensors:
-        if call.along(tensor) is None and _varies(tensor, found.dim - (ndim - tensor.ndim)):
-            return Mixed(f"{call.name} takes a constant that differs from cell to cell")
-    return found
-
-
 @rule("copy", "masked_fill", "where", "_to_copy", "clone", "detach", "alias", "lift_fresh")
 @rule("lift_fresh_copy", "contiguous", "fill", "zero")
 def pointwise(call: Call) -> State:
     """Every element is made of the elements at its place."""
     out = call.out[0] if isinstance(call.out, (list, tuple)) else call.out
-    return _broadcast(call, call.tensors(), out.ndim)
+    return broadcast(call, call.tensors(), out.ndim)
 
 
 @rule(
@@ -173,13 +65,13 @@ def filled(call: Call) -> State:
 @rule("view", "_unsafe_view", "reshape", "_reshape_alias", "unflatten", "flatten", sizes=True)
 def view(call: Call) -> State:
     """Elements keep their order: the cell is ``index // stride % N``, before and after."""
-    found = _only(call, call.first())
+    found = only(call, call.first())
     if isinstance(found, Mixed):
         return found
     shape, out_shape = list(call.first().shape), list(call.out.shape)
-    stride = found.inner * _product(shape[found.dim + 1 :])
+    stride = found.inner * product_of(shape[found.dim + 1 :])
     for dim, size in enumerate(out_shape):
-        inside = _product(out_shape[dim + 1 :])
+        inside = product_of(out_shape[dim + 1 :])
         inner = whole(stride / inside) if inside != 0 else None
         outer = whole(as_expr(size) / (call.axis.expr * inner)) if inner else None
         if inner and outer:
@@ -190,12 +82,12 @@ def view(call: Call) -> State:
 @rule("permute", "transpose", "t")
 def transposed(call: Call) -> State:
     """Dims change places."""
-    found = _only(call, call.first())
+    found = only(call, call.first())
     if isinstance(found, Mixed):
         return found
     ndim = call.first().ndim
     if "dims" in call.args:
-        order = _dims(call["dims"], ndim)
+        order = dims_of(call["dims"], ndim)
     elif "dim0" in call.args:
         order = list(range(ndim))
         a, b = call["dim0"] % ndim, call["dim1"] % ndim
@@ -208,7 +100,7 @@ def transposed(call: Call) -> State:
 @rule("unsqueeze")
 def unsqueezed(call: Call) -> State:
     """A dim of size 1 more."""
-    found = _only(call, call.first())
+    found = only(call, call.first())
     if isinstance(found, Mixed):
         return found
     return found.at(found.dim + (call["dim"] % call.out.ndim <= found.dim))
@@ -218,10 +110,10 @@ def unsqueezed(call: Call) -> State:
 def squeezed(call: Call) -> State:
     """Dims of size 1 go."""
     x = call.first()
-    found = _only(call, x)
+    found = only(call, x)
     if isinstance(found, Mixed):
         return found
-    dims = _dims(call.args.get("dim"), x.ndim)
+    dims = dims_of(call.args.get("dim"), x.ndim)
     gone = [d for d in dims if same(size_of(x, d), 1)]
     if x.ndim - len(gone) != call.out.ndim or found.dim in gone:
         return Mixed("squeezes a dim of cells")
@@ -254,7 +146,7 @@ def repeated(call: Call) -> State:
 def taken(call: Call) -> State | list[State]:
     """A part, or all parts, of one dim."""
     x = call.first()
-    found = _only(call, x)
+    found = only(call, x)
     if isinstance(found, Mixed):
         return found
     dim = call["dim"] % x.ndim
@@ -273,7 +165,7 @@ def taken(call: Call) -> State | list[State]:
 def joined(call: Call) -> State:
     """Tensors one after another along a dim."""
     tensors = [t for t in call["tensors"] if t.ndim > 1 or not same(t.numel(), 0)]
-    found = _broadcast(call, tensors, call.out.ndim)
+    found = broadcast(call, tensors, call.out.ndim)
     if isinstance(found, Along) and call["dim"] % call.out.ndim == found.dim:
         return Mixed("concatenates along cells")
     return found
@@ -283,7 +175,7 @@ def joined(call: Call) -> State:
 def stacked(call: Call) -> State:
     """Tensors side by side along a new dim."""
     tensors = call["tensors"]
-    found = _broadcast(call, tensors, tensors[0].ndim)
+    found = broadcast(call, tensors, tensors[0].ndim)
     if not isinstance(found, Along):
         return found
     return found.at(found.dim + (call["dim"] % call.out.ndim <= found.dim))
@@ -293,10 +185,10 @@ def stacked(call: Call) -> State:
 def moved(call: Call) -> State:
     """Elements change places along dims."""
     x = call.first()
-    found = _only(call, x)
+    found = only(call, x)
     if isinstance(found, Mixed):
         return found
-    if found.dim not in _dims(call["dims"], x.ndim):
+    if found.dim not in dims_of(call["dims"], x.ndim):
         return found
     if found.outer != 1 or found.inner != 1 or not call["dims"]:
         return Mixed("moves parts of cells")
@@ -314,10 +206,10 @@ def moved(call: Call) -> State:
 def reduced(call: Call) -> State:
     """Dims go, or become 1."""
     x = call.first()
-    found = _only(call, x)
+    found = only(call, x)
     if isinstance(found, Mixed):
         return found
-    dims = _dims(call.args.get("dim"), x.ndim)
+    dims = dims_of(call.args.get("dim"), x.ndim)
     if found.dim in dims:
         return Mixed(f"{call.name} reduces over cells")
     keepdim = call.args.get("keepdim", False)
@@ -331,20 +223,20 @@ def reduced(call: Call) -> State:
 def along_dim(call: Call) -> State:
     """Whole dims are looked at; they stay in their places."""
     x = call.first()
-    found = _only(call, x)
+    found = only(call, x)
     if isinstance(found, Mixed):
         return found
     if call.name in ("aten::tril", "aten::triu"):
         dims = [x.ndim - 2, x.ndim - 1]
     else:
-        dims = _dims(call.args.get("dim", -1), x.ndim)
+        dims = dims_of(call.args.get("dim", -1), x.ndim)
     return Mixed(f"{call.name} works along cells") if found.dim in dims else found
 
 
-def _last_dims(call: Call, num_dims: int) -> State:
+def _lastdims(call: Call, num_dims: int) -> State:
     """The last dims are worked on, each of the others apart."""
     x = call.first()
-    found = _only(call, x)
+    found = only(call, x)
     if isinstance(found, Mixed):
         return found
     return found if found.dim < x.ndim - num_dims else Mixed(f"{call.name} works along cells")
@@ -353,13 +245,13 @@ def _last_dims(call: Call, num_dims: int) -> State:
 @rule("native_layer_norm", "_fused_rms_norm", "rms_norm", "layer_norm")
 def normalised(call: Call) -> State:
     """The last dims are normalised."""
-    return _last_dims(call, len(call["normalized_shape"]))
+    return _lastdims(call, len(call["normalized_shape"]))
 
 
 @rule("native_group_norm", sizes=True)
 def group_norm(call: Call) -> State:
     """Channels are normalised in groups, for each row of dim 0."""
-    found = _only(call, call["input"])
+    found = only(call, call["input"])
     if isinstance(found, Along) and found.dim != 0:
         return Mixed("group norm works along cells")
     return found
@@ -391,7 +283,7 @@ def batch_norm(call: Call) -> State | list[State]:
 @rule("convolution", "_convolution", "conv1d", "conv2d", "conv3d")
 def convolved(call: Call) -> State:
     """Each row of dim 0 by itself."""
-    found = _only(call, call["input"])
+    found = only(call, call["input"])
     if isinstance(found, Along) and (found.dim != 0 or call["input"].ndim != call["weight"].ndim):
         return Mixed("convolves along cells")
     return found
@@ -403,7 +295,7 @@ def unfolded(call: Call) -> State:
     x = call.first()
     if x.ndim != (4 if call.name == "aten::im2col" else 3):
         return Mixed(f"{call.name} of one cell works along cells")
-    return _last_dims(call, x.ndim - 1)
+    return _lastdims(call, x.ndim - 1)
 
 
 @rule("max_pool1d", "max_pool1d_with_indices", "avg_pool1d", "adaptive_max_pool1d")
@@ -411,7 +303,7 @@ def unfolded(call: Call) -> State:
 @rule("upsample_linear1d", "_upsample_nearest_exact1d")
 def over_last(call: Call) -> State:
     """One spatial dim."""
-    return _last_dims(call, 1)
+    return _lastdims(call, 1)
 
 
 @rule("max_pool2d_with_indices", "max_pool2d", "avg_pool2d", "adaptive_max_pool2d")
@@ -420,7 +312,7 @@ def over_last(call: Call) -> State:
 @rule("_upsample_bilinear2d_aa", "_upsample_nearest_exact2d")
 def over_last_two(call: Call) -> State:
     """Two spatial dims."""
-    return _last_dims(call, 2)
+    return _lastdims(call, 2)
 
 
 @rule("max_pool3d_with_indices", "avg_pool3d", "_adaptive_avg_pool3d", "pixel_shuffle")
@@ -428,19 +320,19 @@ def over_last_two(call: Call) -> State:
 @rule("channel_shuffle", "native_channel_shuffle", "upsample_trilinear3d")
 def over_last_three(call: Call) -> State:
     """Three dims: spatial ones, or channels with two of them."""
-    return _last_dims(call, 3)
+    return _lastdims(call, 3)
 
 
 @rule("constant_pad_nd", "pad")
 def padded(call: Call) -> State:
     """The last dims grow."""
-    return _last_dims(call, len(call["pad"]) // 2)
+    return _lastdims(call, len(call["pad"]) // 2)
 
 
 @rule("unfold")
 def windows(call: Call) -> State:
     """Windows of one dim, whose places become the last dim."""
-    found = _only(call, call.first())
+    found = only(call, call.first())
     if isinstance(found, Along) and call["dimension"] % call.first().ndim == found.dim:
         return Mixed("windows over cells")
     return found
@@ -449,7 +341,7 @@ def windows(call: Call) -> State:
 # Products
 
 
-def _product_of(call: Call, a: Tensor, b: Tensor) -> State:
+def _matrix_product(call: Call, a: Tensor, b: Tensor) -> State:
     """``[..., n, k] @ [..., k, m]`` of equal batch dims."""
     of_a, of_b = call.along(a), call.along(b)
     batch = a.ndim - 2
@@ -457,7 +349,7 @@ def _product_of(call: Call, a: Tensor, b: Tensor) -> State:
     assert found is not None
     for along, tensor in ((of_a, a), (of_b, b)):
         if found.dim < batch:
-            if along is None and _varies(tensor, found.dim):
+            if along is None and varies(tensor, found.dim):
                 return Mixed(f"{call.name} takes a constant that differs from cell to cell")
             if along is not None and along != found:
                 return Mixed(f"{call.name} combines cells that lie in different places")
@@ -474,7 +366,7 @@ def _product_of(call: Call, a: Tensor, b: Tensor) -> State:
 def multiplied(call: Call) -> State:
     """A product of matrices, or of each of a batch."""
     a, b = call.tensors()[:2]
-    return _product_of(call, a, b)
+    return _matrix_product(call, a, b)
 
 
 @rule("addmm", "baddbmm")
@@ -482,7 +374,7 @@ def multiplied_and_added(call: Call) -> State:
     """A product, and something that is broadcast to it."""
     added, a, b = call.tensors()[:3]
     carries = call.along(a) is not None or call.along(b) is not None
-    found: State = _product_of(call, a, b) if carries else None
+    found: State = _matrix_product(call, a, b) if carries else None
     if isinstance(found, Mixed):
         return found
     of_added = call.along(added)
@@ -490,7 +382,7 @@ def multiplied_and_added(call: Call) -> State:
     if of_added is not None:
         here = of_added.at(of_added.dim + lead)
         return here if here == found else Mixed(f"{call.name} adds cells in another place")
-    if found is not None and _varies(added, found.dim - lead):
+    if found is not None and varies(added, found.dim - lead):
         return Mixed(f"{call.name} takes a constant that differs from cell to cell")
     return found
 
@@ -498,16 +390,16 @@ def multiplied_and_added(call: Call) -> State:
 @rule("linear")
 def linear(call: Call) -> State:
     """The last dim becomes another."""
-    found = _only(call, call["input"])
+    found = only(call, call["input"])
     if isinstance(found, Along) and found.dim == call["input"].ndim - 1:
         return Mixed("linear sums over cells")
     return found
 
 
 @rule("mv")
-def vector_product(call: Call) -> State:
+def vectorproduct(call: Call) -> State:
     """A matrix times a vector."""
-    found = _only(call, call["self"])
+    found = only(call, call["self"])
     return Mixed("mv sums over cells") if isinstance(found, Along) and found.dim != 0 else found
 
 
@@ -528,7 +420,7 @@ def attention(call: Call) -> State | list[State]:
     if call.args.get("dropout_p"):
         return Mixed("attention drops at random")
     batch = query.ndim - 2
-    found = _broadcast(call, [query, key, value, *masks], query.ndim)
+    found = broadcast(call, [query, key, value, *masks], query.ndim)
     if not isinstance(found, Along):
         return found
     if found.dim >= batch or not same(size_of(query, found.dim), size_of(key, found.dim)):
@@ -542,7 +434,7 @@ def attention(call: Call) -> State | list[State]:
 @rule("embedding")
 def looked_up(call: Call) -> State:
     """A row of the table for each index."""
-    return _only(call, call["indices"])
+    return only(call, call["indices"])
 
 
 @rule("index_select")
@@ -566,7 +458,7 @@ def gathered(call: Call) -> State:
     """Places along one dim, for each place in the others."""
     x = call["self"]
     tensors = call.tensors()
-    found = _broadcast(call, tensors, x.ndim)
+    found = broadcast(call, tensors, x.ndim)
     if not isinstance(found, Along):
         return found
     if any(t.ndim != x.ndim for t in tensors):
@@ -587,7 +479,7 @@ def indexed(call: Call) -> State:
     num_index_dims = max(t.ndim for t in given)
     together = at == list(range(at[0], at[0] + len(at)))
     front = at[0] if together else 0
-    of_x, of_indices = call.along(x), _broadcast(call, given, num_index_dims)
+    of_x, of_indices = call.along(x), broadcast(call, given, num_index_dims)
     if isinstance(of_indices, Mixed):
         return of_indices
     if of_x is None:
