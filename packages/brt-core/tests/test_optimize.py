@@ -61,6 +61,8 @@ def test_state_is_shared_under_the_same_names() -> None:
     assert list(ours) == list(theirs)
     assert all(ours[name] is theirs[name] for name in theirs)
     assert [n for n, _ in fast.named_parameters()] == [n for n, _ in model.named_parameters()]
+    assert [n for n, _ in fast.named_modules()] == [n for n, _ in model.named_modules()]
+    assert list(fast.inserted) == ["brt_spill_0"]
     with torch.no_grad():
         model.head.weight.mul_(2)
         model.mixture.branches[2][0].weight.mul_(3)
@@ -194,6 +196,57 @@ def test_attributes_and_methods_of_the_model_are_there() -> None:
     assert torch.equal(fast.mixture.scores(INSIDE), INSIDE[:, :3])
     with pytest.raises(AttributeError, match="nowhere"):
         _ = fast.nowhere
+
+
+class Stages(nn.Module):
+    """Walks through a container that could be called as a whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.Sequential(Mixture(), Mixture(k=2))
+        self.listed = [self.stages[0]]
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for stage in self.stages:
+            assert isinstance(stage, Mixture)
+            x = x + stage(x)
+            if x.shape[0] and bool((x > 1e6).any()):
+                break
+        return x + self.listed[0](x)
+
+
+def test_regions_stay_what_they_were() -> None:
+    model = Stages()
+    fast = made(model)
+    assert_same(fast, model)
+    assert len(fast.stages) == 2
+    assert fast.listed[0] is fast.stages[0]
+    assert_same(copy.deepcopy(fast), model)
+    model = Untraceable()
+    fast = made(model)
+    assert isinstance(fast.first, Mixture)
+    assert type(fast.first).__name__ == "Mixture"
+    assert type(model.first) is Mixture
+    assert not fast.report.regions[1].reason
+
+
+def test_a_container_stays_one() -> None:
+    model = nn.Sequential(Mixture(), nn.ReLU()).eval()
+    fast = made(model)
+    assert len(fast) == 2
+    assert isinstance(fast[1], nn.ReLU)
+    assert [type(layer).__name__ for layer in fast] == ["Mixture", "ReLU"]
+    fast.train()
+    assert_same(fast, model)  # by its own code
+    assert fast.stats["region:model"].fallbacks > 0
+    assert fast.inserted["brt_spill_0"].training
+    fast.eval()
+    assert not fast.inserted["brt_spill_0"].training
+    assert made(Residual())
+    with pytest.raises(TypeError):
+        len(made(Residual()))
+    assert_same(fast, model)
 
 
 def test_hooks_run() -> None:

@@ -234,7 +234,7 @@ def test_the_branch_of_a_dead_path_is_not_run(case: Case) -> None:
 
 def test_the_whole_inner_mixture_moves() -> None:
     fast = dropped(Nested(listed=True), to_paths([0, 0]))
-    (spill,) = [m for m in fast.modules() if type(m).__name__ == "Spill"]
+    (spill,) = [m for m in fast.inserted.values() if type(m).__name__ == "Spill"]
     assert any(name.startswith("inner") for name in spill.nodes)
     assert sum(name.startswith("branches") for name in spill.nodes) == 4
 
@@ -395,14 +395,14 @@ def test_what_is_left_alone_is_right(model: type[nn.Module], sampled: bool) -> N
 def test_a_reduction_stays_outside_the_branch() -> None:
     for sampled in (True, False):
         fast = dropped(Reducing(), to_paths([0, 1]), sample=sampled)
-        (spill,) = [m for m in fast.modules() if type(m).__name__ == "Spill"]
+        (spill,) = [m for m in fast.inserted.values() if type(m).__name__ == "Spill"]
         assert not [name for name in spill.nodes if "sum" in name]
 
 
 def test_writes_to_what_is_not_its_own_stay_outside_the_branch() -> None:
     for sampled in (True, False):
         fast = dropped(Summing(), to_paths([0, 1]), sample=sampled)
-        (spill,) = [m for m in fast.modules() if type(m).__name__ == "Spill"]
+        (spill,) = [m for m in fast.inserted.values() if type(m).__name__ == "Spill"]
         assert not [name for name in spill.nodes if "index_add" in name]
 
 

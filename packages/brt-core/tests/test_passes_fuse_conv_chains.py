@@ -107,7 +107,7 @@ def test_equal_on_any_input(use_each: bool, num_cells: int) -> None:
     torch.manual_seed(0)
     model = Patches(branches(), use_each=use_each).eval()
     fast = optimised(model)
-    assert any(isinstance(m, ConvChains) for m in fast.modules()), reasons(fast)
+    assert any(isinstance(m, ConvChains) for m in fast.inserted.values()), reasons(fast)
     before = Fast.calls
     for seed in range(3):
         x = torch.randn(num_cells, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
@@ -122,7 +122,7 @@ def test_gradients_reach_the_parameters_of_the_model() -> None:
     for branch in model.branches:
         branch.shuffle = nn.Identity()  # torch's own has no backward for a path without rows
     fast = optimised(model)
-    assert any(isinstance(m, ConvChains) for m in fast.modules()), reasons(fast)
+    assert any(isinstance(m, ConvChains) for m in fast.inserted.values()), reasons(fast)
     x = torch.randn(9, 3, 8, 8)
     found, expected = [], []
     for module, grads in ((fast, found), (model, expected)):
@@ -156,7 +156,7 @@ def test_a_slower_chain_is_left_alone_with_its_times() -> None:
     model = Patches(branches(), use_each=True).eval()
     with plugins.using():  # only the reference, which is no faster than the branches
         fast = optimised(model, torch.randn(64, 3, 8, 8))
-        if not any(isinstance(m, ConvChains) for m in fast.modules()):
+        if not any(isinstance(m, ConvChains) for m in fast.inserted.values()):
             assert "as branches" in reasons(fast)
         fast = optimised(model)
         assert "no kernel but the reference" in reasons(fast)

@@ -8,7 +8,7 @@ rows that were not expected go through the branch as it was.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,13 +95,6 @@ class Guarded(nn.Module):
     def extra_repr(self) -> str:
         """The assumption."""
         return f"{self.guard.name}: {self.guard.assumes}"
-
-
-def guards(model: nn.Module) -> Iterator[Guard]:
-    """The guards of a model."""
-    for module in model.modules():
-        if isinstance(module, Guarded):
-            yield module.guard
 
 
 class Spill(Guarded):

@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from brt import graph as tracing
 from brt.errors import BrtError, PassError, PluginWarning
-from brt.optimized import Optimized
+from brt.optimized import Optimized, RegionModule
 from brt.passes import DEFAULT
 from brt.passes.base import Pass
 from brt.passes.match import scatters
@@ -64,7 +64,8 @@ def optimize(
     before = {work.path: _view(work) for work in works}
     checks = verify and sample is not None
     run_passes(chosen, works, verify=checks, warn_refusals=passes is not None)
-    fast = Optimized(put_back(copy, works))
+    put_back(works)
+    fast = Optimized(copy)
     error = _compare(fast, chosen, wanted, sample) if checks else None
     fast.reset_stats()
     for work in works:
@@ -99,7 +100,7 @@ def optimize(
 def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise PassError(f"optimize: takes an nn.Module, got {type(model).__name__}")
-    if any(isinstance(module, Optimized) for module in model.modules()):
+    if any(isinstance(module, (Optimized, RegionModule)) for module in model.modules()):
         raise PassError(
             "optimize: the model is, or holds, the result of an optimize; give the original, and "
             "all passes at once"

@@ -1,7 +1,8 @@
-"""What `brt.optimize` returns: a module in place of another, with its weights under its names."""
+"""What `brt.optimize` returns, and the regions inside it that run by a rewritten graph."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from typing import Any, Self
@@ -34,29 +35,14 @@ def expect_given(value: Any, name: str) -> None:
         raise OtherArguments(name)
 
 
-class StandIn(nn.Module):
-    """A module in place of another: its parameters, buffers, submodules and hooks are shared."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        # The very containers: who changes them in one place changes them in the other
-        self.__dict__.update({name: module.__dict__[name] for name in _BOOKKEEPING})
-        self._behind = (module,)  # in a tuple, where torch.nn does not look
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the other module returns."""
-        return self._behind[0].forward(*args, **kwargs)
-
-    def train(self, mode: bool = True) -> Self:
-        """Set the mode of both."""
-        self._behind[0].train(mode)
-        self.training = self._behind[0].training
-        return self
+class NotPickled:
+    """Can be copied (`copy.deepcopy`), and says what to do instead of pickling it."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         twin = self.__class__.__new__(self.__class__)
         memo[id(self)] = twin
-        twin.__dict__.update(deepcopy(self.__dict__, memo))
+        state: Any = self.__getstate__()
+        twin.__setstate__(deepcopy(state, memo))  # type: ignore[attr-defined]
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -65,55 +51,48 @@ class StandIn(nn.Module):
             "it is loaded"
         )
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if "_behind" not in self.__dict__ or name.startswith("__"):
-                raise
-            return getattr(self._behind[0], name)
 
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._behind[0]._save_to_state_dict(*args, **kwargs)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._behind[0]._load_from_state_dict(*args, **kwargs)
-
-
-class RegionModule(StandIn):
-    """A region that runs its rewritten graph; or its own code, where the graph does not apply.
+class Plan:
+    """How a region runs: by its rewritten graph, or by its own code where that does not apply.
 
     A graph holds for the mode (train or eval) and the plain arguments that it was traced with, and
     while the modules whose code is in it have no forward hooks.
     """
 
     def __init__(
-        self, module: nn.Module, run: Callable[..., Any], path: str, opened: Iterable[nn.Module]
+        self,
+        module: nn.Module,
+        run: Callable[..., Any],
+        path: str,
+        opened: Iterable[nn.Module],
+        inserted: Mapping[str, nn.Module],
     ) -> None:
-        super().__init__(module)
         self.guard = Guard(f"region:{path or 'model'}", "modes, arguments and hooks of the trace")
         self._run = run
-        self._modes = tuple((inner, inner.training) for inner in opened)
         self._mode = module.training
+        self._modes = tuple((inner, inner.training) for inner in opened)
+        self.inserted = dict(inserted)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module itself would return."""
-        if self._applies():
+    def __call__(
+        self, module: nn.Module, own: Callable[..., Any], args: Any, kwargs: dict[str, Any]
+    ) -> Any:
+        """What the module's own forward would return."""
+        if self._applies(module):
             try:
-                out = self._run(self._behind[0], *args, **kwargs)
+                out = self._run(module, *args, **kwargs)
             except OtherArguments:
                 pass
             else:
                 self._count(True)
                 return out
         self._count(False)
-        return self._behind[0].forward(*args, **kwargs)
+        return own(module, *args, **kwargs)
 
-    def _applies(self) -> bool:
-        if self.training != self._mode:
+    def _applies(self, module: nn.Module) -> bool:
+        if module.training != self._mode:
             return False
-        for module, mode in self._modes:
-            if module.training != mode or module._forward_hooks or module._forward_pre_hooks:
+        for inner, mode in self._modes:
+            if inner.training != mode or inner._forward_hooks or inner._forward_pre_hooks:
                 return False
         return True
 
@@ -122,15 +101,56 @@ class RegionModule(StandIn):
             self.guard.count(held)
 
 
-class Optimized(StandIn):
+class RegionModule(NotPickled, nn.Module):
+    """Mixed into the class of a region's module, whose forward then goes by a plan."""
+
+    _brt_plan: Plan
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode, also of what passes inserted."""
+        super().train(mode)
+        for module in self._brt_plan.inserted.values():
+            module.train(mode)
+        return self
+
+
+def take_over(module: nn.Module, plan: Plan) -> None:
+    """Let a module run by a plan. It stays what it is: its class becomes a subclass of its own."""
+    module.__dict__["_brt_plan"] = plan
+    module.__class__ = _planned(type(module))  # type: ignore[arg-type]
+
+
+@functools.cache
+def _planned(made: type[nn.Module]) -> type[nn.Module]:
+    own = made.forward
+
+    @functools.wraps(own)
+    def forward(self: RegionModule, *args: Any, **kwargs: Any) -> Any:
+        return self._brt_plan(self, own, args, kwargs)
+
+    members = {"forward": forward, "__module__": made.__module__, "__doc__": made.__doc__}
+    return type(made.__name__, (RegionModule, made), members)
+
+
+class Optimized(NotPickled, nn.Module):
     """A model after `brt.optimize`: the same results, state and methods, by another graph.
 
     It shares the original's parameters and buffers, under the same names, until it is moved or
     converted: ``to``, ``half`` and the like give it tensors of its own and leave the original as it
-    was. Call `report` for what was done, and `stats` for how often its guards held.
+    was. See `report` for what was done, and `stats` for how often its guards held.
     """
 
     _report: Report
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        # The very containers: who changes them in one place changes them in the other
+        self.__dict__.update({name: model.__dict__[name] for name in _BOOKKEEPING})
+        self._behind = (model,)  # in a tuple, where torch.nn does not look
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model returns."""
+        return self._behind[0].forward(*args, **kwargs)
 
     @property
     def report(self) -> Report:
@@ -151,10 +171,57 @@ class Optimized(StandIn):
         for guard in self._guards():
             guard.reset()
 
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode."""
+        self._behind[0].train(mode)
+        self.training = self._behind[0].training
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "_behind" not in self.__dict__ or name.startswith("__"):
+                raise
+            return getattr(self._behind[0], name)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._behind[0][index]  # type: ignore[index]
+
+    def __iter__(self) -> Any:
+        return iter(self._behind[0])  # type: ignore[call-overload]
+
+    def __len__(self) -> int:
+        return len(self._behind[0])  # type: ignore[arg-type]
+
+    def __bool__(self) -> bool:
+        return True
+
+    __hash__ = nn.Module.__hash__
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._behind[0]._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._behind[0]._load_from_state_dict(*args, **kwargs)
+
+    @property
+    def inserted(self) -> Mapping[str, nn.Module]:
+        """What passes put into the graphs, by place and name; `modules` does not list it."""
+        return {
+            f"{path}.{name}" if path else name: module
+            for path, plan in self._plans().items()
+            for name, module in plan.inserted.items()
+        }
+
+    def _plans(self) -> dict[str, Plan]:
+        named = self._behind[0].named_modules()
+        return {path: m._brt_plan for path, m in named if isinstance(m, RegionModule)}
+
     def _guards(self) -> list[Guard]:
-        held = [self._behind[0], *self.modules()]
-        found = {id(m): m.__dict__["guard"] for m in held if "guard" in m.__dict__}
-        return [guard for guard in found.values() if isinstance(guard, Guard)]
+        plans = self._plans().values()
+        inserted = [m for plan in plans for m in plan.inserted.values() if isinstance(m, Guarded)]
+        return [*(plan.guard for plan in plans), *(module.guard for module in inserted)]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         slots = [
@@ -178,7 +245,8 @@ class Optimized(StandIn):
             kept = chosen.setdefault(id(old), old if _same_memory(new, old) else new)
             if kept is not new:
                 setattr(module, name, kept)
-        for module in self.modules():
+        for module in self.inserted.values():
+            module._apply(fn, recurse)
             if isinstance(module, Guarded):
                 module.forget()
         return self

@@ -140,21 +140,28 @@ class Context:
         return Guard(f"{self.pass_name}:{self.path(where)}", assumes)
 
     def insert(self, graph: fx.GraphModule, module: nn.Module, name: str) -> str:
-        """Register a module of the pass's own under a name that is free; returns that name.
+        """Let the graph call a module of the pass's own; returns the name that it has there.
 
-        It must hold neither parameters nor persistent buffers: the state dict stays as it was.
+        It must hold neither parameters nor persistent buffers. It is in the graph only, not among
+        the submodules of the region, whose code may count or walk through these.
         """
-        if next(module.parameters(), None) is not None or module.state_dict():
-            raise PassError(
-                f"pass {self.pass_name!r} inserts a {type(module).__name__} with weights of its "
-                "own; hold the model's by name (brt.guard.Guarded), or in non-persistent buffers"
-            )
+        require_stateless(self.pass_name, module)
         at = 0
         while hasattr(graph, f"{name}_{at}") or hasattr(self.scope, f"{name}_{at}"):
             at += 1
         module.train(self.scope.training)
         graph.add_submodule(f"{name}_{at}", module)
+        self.scope.__dict__[f"{name}_{at}"] = module
         return f"{name}_{at}"
+
+
+def require_stateless(pass_name: str, module: nn.Module) -> None:
+    """Raise where a module that a pass inserts has state that the model would have to save."""
+    if next(module.parameters(), None) is not None or module.state_dict():
+        raise PassError(
+            f"pass {pass_name!r} inserts a {type(module).__name__} with weights of its own; hold "
+            "the model's by name (brt.guard.Guarded), or in non-persistent buffers"
+        )
 
 
 class Pass(ABC):

@@ -14,7 +14,7 @@ from brt import graph as tracing
 from brt.errors import PassError, ProfileError
 from brt.graph import Region
 from brt.guard import compiled
-from brt.optimized import RegionModule, expect, expect_given
+from brt.optimized import Plan, expect, expect_given, take_over
 from brt.passes.base import Call
 from brt.passes.run import Work
 from brt.passes.verify import Moved, cloned, generators, without_traces
@@ -162,8 +162,9 @@ def _adopt(region: Region, scope: nn.Module) -> Work:
         # A constant of the trace, or a tensor in a plain attribute: neither is ever converted
         scope.__dict__.setdefault(name, tensor)
         graph.__dict__[name] = tensor
-    for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+    for name in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
         graph.__dict__[name] = scope.__dict__[name]
+    graph.__dict__["_modules"] = dict(scope._modules)
     _check_arguments(graph.graph)
     graph.recompile()
     return Work(region.path, scope, graph, tuple(_opened(scope, graph.graph)), region.opaque)
@@ -213,18 +214,9 @@ def _region_profile(profile: Profile | None, path: str) -> Profile | None:
         return None
 
 
-def put_back(copy: nn.Module, works: list[Work]) -> nn.Module:
-    """Put rewritten regions in the place of their modules; returns the root."""
-    root = copy
+def put_back(works: list[Work]) -> None:
+    """Let the modules of rewritten regions run by their graphs."""
     for work in works:
-        if not work.changed:
-            continue
-        region = RegionModule(work.scope, compiled(work.graph.graph), work.path, work.opened)
-        if work.scope is copy:
-            root = region
-            continue
-        for module in list(copy.modules()):
-            for name, child in module._modules.items():
-                if child is work.scope:
-                    module._modules[name] = region
-    return root
+        if work.changed:
+            run = compiled(work.graph.graph)
+            take_over(work.scope, Plan(work.scope, run, work.path, work.opened, work.inserted()))

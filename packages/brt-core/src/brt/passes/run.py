@@ -12,8 +12,8 @@ from torch import fx, nn
 
 from brt import plugins
 from brt.errors import PassError, PluginWarning
-from brt.guard import Guarded, compiled
-from brt.passes.base import Call, Context, Pass, Record
+from brt.guard import compiled
+from brt.passes.base import Call, Context, Pass, Record, require_stateless
 from brt.passes.match import writes
 from brt.passes.verify import Moved, Tolerance, cloned, largest_error, without_traces
 
@@ -28,7 +28,8 @@ class Work:
     Attributes:
         path: of its module in the model.
         scope: its module; graph targets are names in it.
-        graph: what passes rewrite; it shares the scope's parameters and modules.
+        graph: what passes rewrite; it shares the scope's parameters and buffers, and has its
+            modules and those that passes insert.
         opened: the modules in it whose own code the trace took in.
         closed: {path: why} of modules that the trace could not open.
         calls: of the region on the sample.
@@ -51,6 +52,11 @@ class Work:
     def name(self) -> str:
         """The region, as a sentence names it."""
         return f"region {self.path!r}" if self.path else "the model"
+
+    def inserted(self) -> dict[str, nn.Module]:
+        """The modules that passes put into the graph, by name."""
+        own = self.scope._modules
+        return {k: m for k, m in self.graph._modules.items() if k not in own and m is not None}
 
     def check(self, tolerance: Tolerance) -> float | None:
         """Run the graph on the sample's calls; raises `Moved` where it answers otherwise."""
@@ -152,9 +158,11 @@ def _run(one: Pass, work: Work, *, verify: bool) -> Record:
     if before != after:
         lost, new = sorted(before - after), sorted(after - before)
         raise PassError(
-            f"pass {one.name!r} changed the names of {work.name}'s state: lost {lost}, new {new}; "
-            "a pass must leave parameters and buffers where they are"
+            f"pass {one.name!r} changed the modules or the state of {work.name}: lost {lost}, new "
+            f"{new}; a pass must leave both as they are, and insert its own by Context.insert"
         )
+    for module in work.inserted().values():
+        require_stateless(one.name, module)
     record = Record(
         one.name,
         work.path,
@@ -189,14 +197,17 @@ def _failed(one: Pass, work: Work) -> str:
 def _clean(work: Work) -> None:
     """Drop nodes that nothing reads, and modules of passes that nothing calls; check the rest."""
     graph = work.graph.graph
+    work.scope.__dict__.update(work.inserted())  # not all passes use Context.insert
     graph.eliminate_dead_code(lambda node: node.is_impure() or writes(node, work.scope))
-    called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
-    for name, module in list(work.scope._modules.items()):
-        if isinstance(module, Guarded) and name not in called:
-            del work.scope._modules[name]
+    called = {
+        str(node.target).partition(".")[0] for node in graph.nodes if node.op == "call_module"
+    }
+    for name in work.inserted():
+        if name not in called:
+            del work.graph._modules[name], work.scope.__dict__[name]
     graph.lint()
     work.graph.recompile()
 
 
 def _names(scope: nn.Module) -> set[str]:
-    return set(scope.state_dict(keep_vars=True))
+    return {*scope.state_dict(keep_vars=True), *(name for name, _ in scope.named_modules())}
