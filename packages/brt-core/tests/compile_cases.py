@@ -155,7 +155,7 @@ class Nested(nn.Module):
 
 
 class Patches(nn.Module):
-    """A picture cut into overlapping patches, routed to convolutions, and folded at twice the size."""
+    """A picture cut into overlapping patches, routed to convolutions, folded at twice the size."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -5,6 +5,9 @@ Legend: N cells, S trailing dims of a row.
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -68,35 +71,32 @@ class LoopRouter(Router):
 
     def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """Rows and their state -> both, as each cell left the loop."""
-        leaves, spec = pytree.tree_flatten(state)
+        leaves, nest = _flatten(state)
         for i, leaf in enumerate(leaves):
-            if not isinstance(leaf, Tensor):
-                raise RouteError(
-                    f"LoopRouter: state leaf {i} is {type(leaf).__name__}, not a tensor"
-                )
             ops.same_size(f"LoopRouter: rows of state leaf {i} and of x", leaf.shape[0], x.shape[0])
         if torch.compiler.is_compiling():
-            rows = self._carried((x, *leaves), spec)
+            rows = self._carried((x, *leaves), nest)
         elif x.is_cuda and torch.cuda.is_current_stream_capturing():
-            rows = self._unrolled((x, *leaves), spec)
+            rows = self._unrolled((x, *leaves), nest)
         else:
-            rows = self._compacted((x, *leaves), spec)
-        return rows[0], pytree.tree_unflatten(list(rows[1:]), spec)
+            rows = self._compacted((x, *leaves), nest)
+        return rows[0], nest.filled(rows[1:])
 
-    def _step(
-        self, rows: tuple[Tensor, ...], spec: pytree.TreeSpec
-    ) -> tuple[tuple[Tensor, ...], Tensor]:
+    def _step(self, rows: tuple[Tensor, ...], nest: _Nest) -> tuple[tuple[Tensor, ...], Tensor]:
         """One pass through the netlet: (rows, scores)."""
-        x, scores, state = self.netlet(rows[0], pytree.tree_unflatten(list(rows[1:]), spec))
-        leaves, new_spec = pytree.tree_flatten(state)
-        if new_spec != spec:
+        x, scores, state = self.netlet(rows[0], nest.filled(rows[1:]))
+        leaves, new_nest = _flatten(state)
+        if new_nest != nest:
             raise RouteError(
-                f"LoopRouter: the netlet must return state as it got it, {spec}, not {new_spec}"
+                f"LoopRouter: the netlet must return state as it got it, {nest}, not {new_nest}"
             )
         new = (x, *leaves)
         for i, (a, b) in enumerate(zip(rows, new, strict=True)):
+            what = "x" if i == 0 else f"state leaf {i - 1}"
+            ops.same_size(
+                f"LoopRouter: rows of {what} after a step and before it", b.shape[0], a.shape[0]
+            )
             if a.shape[1:] != b.shape[1:] or a.dtype != b.dtype:
-                what = "x" if i == 0 else f"state leaf {i - 1}"
                 raise RouteError(
                     f"LoopRouter: the netlet changed {what} from {a.dtype}{list(a.shape)} to "
                     f"{b.dtype}{list(b.shape)}; rows must keep their shape: allocate buffers of "
@@ -104,7 +104,7 @@ class LoopRouter(Router):
                 )
         return new, scores
 
-    def _compacted(self, rows: tuple[Tensor, ...], spec: pytree.TreeSpec) -> tuple[Tensor, ...]:
+    def _compacted(self, rows: tuple[Tensor, ...], nest: _Nest) -> tuple[Tensor, ...]:
         cells = Cells.of(rows[0].shape[0])
         done: list[tuple[Tensor, ...]] = []
         where: list[Cells] = []
@@ -112,7 +112,7 @@ class LoopRouter(Router):
             # The netlet runs at least once, so that its gradients are zeros for no cells, not None
             if step and rows[0].shape[0] == 0:
                 break
-            rows, scores = self._step(rows, spec)
+            rows, scores = self._step(rows, nest)
             route = make_route(self.protocol(scores, 2), rows[0].shape[0], cells).with_sizes()
             self._observe(route, scores)
             paths = [_split(row, route) for row in rows]
@@ -132,9 +132,9 @@ class LoopRouter(Router):
         return self.gather(done, where)
 
     def _masked_step(
-        self, active_N: Tensor, rows: tuple[Tensor, ...], spec: pytree.TreeSpec
+        self, active_N: Tensor, rows: tuple[Tensor, ...], nest: _Nest
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        new, scores = self._step(rows, spec)
+        new, scores = self._step(rows, nest)
         decision = self.protocol(scores, 2).to_mask()
         assert decision.mask_NP is not None
         kept = tuple(
@@ -143,18 +143,18 @@ class LoopRouter(Router):
         )
         return active_N & ~decision.mask_NP[:, _FINISHED], kept
 
-    def _carried(self, rows: tuple[Tensor, ...], spec: pytree.TreeSpec) -> tuple[Tensor, ...]:
+    def _carried(self, rows: tuple[Tensor, ...], nest: _Nest) -> tuple[Tensor, ...]:
         def goes_on(step: Tensor, active_N: Tensor, *rows: Tensor) -> Tensor:
             return (step < self.max_steps) & active_N.any()
 
         def body(step: Tensor, active_N: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
-            active_N, rows = self._masked_step(active_N, rows, spec)
-            return (step + 1, active_N, *(row.clone() for row in rows))
+            active_N, rows = self._masked_step(active_N, rows, nest)
+            return (step + 1, active_N, *(_contiguous_clone(row) for row in rows))
 
         step = torch.zeros((), dtype=torch.int64, device=rows[0].device)
         active_N = torch.ones(rows[0].shape[0], dtype=torch.bool, device=rows[0].device)
-        start = (step, active_N, *self._differentiable(rows))
-        _, active_N, *out = torch.while_loop(goes_on, body, start)
+        start = (step, active_N, *self._differentiable(tuple(row.contiguous() for row in rows)))
+        _, active_N, *out = _while_loop(goes_on, body, start)
         if self.on_limit == "error":
             torch._assert_async(
                 ~active_N.any(), f"LoopRouter: cells not finished after max_steps={self.max_steps}"
@@ -174,10 +174,10 @@ class LoopRouter(Router):
         nothing = source.reshape(-1)[:0].sum()
         return tuple(r + nothing.to(r.dtype) if r.is_floating_point() else r for r in rows)
 
-    def _unrolled(self, rows: tuple[Tensor, ...], spec: pytree.TreeSpec) -> tuple[Tensor, ...]:
+    def _unrolled(self, rows: tuple[Tensor, ...], nest: _Nest) -> tuple[Tensor, ...]:
         active_N = torch.ones(rows[0].shape[0], dtype=torch.bool, device=rows[0].device)
         for _ in range(self.max_steps):
-            active_N, rows = self._masked_step(active_N, rows, spec)
+            active_N, rows = self._masked_step(active_N, rows, nest)
         if self.on_limit == "error":
             checks.check_values(
                 ~active_N.any(),
@@ -189,6 +189,47 @@ class LoopRouter(Router):
     def extra_repr(self) -> str:
         """The settings of the loop."""
         return f"max_steps={self.max_steps}, on_limit={self.on_limit!r}, {self.protocol!r}"
+
+
+@dataclass(frozen=True)
+class _Nest:
+    """What holds the tensors of a state together; None may stand in their place."""
+
+    spec: pytree.TreeSpec
+    there: tuple[bool, ...]
+
+    def filled(self, tensors: Sequence[Tensor]) -> Any:
+        """The nest with these tensors."""
+        left = iter(tensors)
+        leaves = [next(left) if there else None for there in self.there]
+        return pytree.tree_unflatten(leaves, self.spec)
+
+    def __str__(self) -> str:
+        return str(self.filled(["tensor"] * sum(self.there)))  # type: ignore[list-item]
+
+
+def _flatten(state: Any) -> tuple[list[Tensor], _Nest]:
+    """(tensors, what held them)."""
+    leaves, spec = pytree.tree_flatten(state)
+    for i, leaf in enumerate(leaves):
+        if leaf is not None and not isinstance(leaf, Tensor):
+            raise RouteError(f"LoopRouter: state leaf {i} is {type(leaf).__name__}, not a tensor")
+    nest = _Nest(spec, tuple(leaf is not None for leaf in leaves))
+    return [leaf for leaf in leaves if leaf is not None], nest
+
+
+def _while_loop(goes_on: Any, body: Any, start: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    if torch.compiler.is_dynamo_compiling():
+        return torch.while_loop(goes_on, body, start)
+    with warnings.catch_warnings():
+        # torch.export looks at the .grad of what `_differentiable` computed
+        warnings.filterwarnings("ignore", r"The \.grad attribute of a Tensor that is not a leaf")
+        return torch.while_loop(goes_on, body, start)
+
+
+def _contiguous_clone(row: Tensor) -> Tensor:
+    # torch.while_loop wants outputs that alias nothing and have the strides of its inputs
+    return row.clone(memory_format=torch.contiguous_format)
 
 
 def _split(row: Tensor, route: Route) -> tuple[Tensor, ...]:
