@@ -26,6 +26,8 @@ class ScatterRouter(Router):
     travel together, and returns ``(paths, route)``: ``paths[p]`` holds the rows of path p in cell
     order (a tuple of F tensors for flows), possibly none.
 
+    Under ``torch.autocast`` scores are taken, and weights given, in float32; rows keep their dtype.
+
     Args:
         protocol: what decides; see `brt.protocols`.
         num_paths: P.
@@ -75,7 +77,8 @@ class ScatterRouter(Router):
     def _decide(self, flows: tuple[Tensor, ...], scores: Tensor, cells: Cells | None) -> Route:
         """The route of these flows, not yet observed."""
         num_cells = self._check(flows, scores)
-        route = make_route(self.protocol(scores, self.num_paths), num_cells, cells)
+        decision = self.protocol(_widened(scores), self.num_paths)
+        route = make_route(decision, num_cells, cells)
         if self.inherit_weights and cells is not None and cells.weight_R is not None:
             if cells.weighted:
                 raise RouteError(
@@ -155,6 +158,14 @@ class ScatterRouter(Router):
             if getattr(self, name) != default:
                 parts.append(f"{name}={getattr(self, name)!r}")
         return ", ".join(parts)
+
+
+def _widened(scores: Tensor) -> Tensor:
+    """Scores as protocols take them: float32 where autocast made them less."""
+    is_half = scores.dtype in (torch.float16, torch.bfloat16) and not scores.is_meta
+    if is_half and torch.is_autocast_enabled(scores.device.type):
+        return scores.float()
+    return scores
 
 
 def _inherit(route: Route, weight_N: Tensor) -> Route:
