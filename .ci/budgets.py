@@ -15,6 +15,7 @@ BUDGETS = {
     "imports": 15,
     "types": 90,
     "tests(core)": 480,
+    "tests(kernels-alone)": 300,
     "tests(kernels)": 240,
     "tests(all)": 240,
     "wheels": 240,

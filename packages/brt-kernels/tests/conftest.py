@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import re
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,22 @@ sys.path.insert(
     0, str(Path(__file__).parent)
 )  # for kernel_cases and chains: importlib mode leaves it out
 
+# Installed by itself, the package is tested by what needs no reference of brt.
+ALONE = find_spec("brt") is None
+NEEDS_BRT = re.compile(r"^(from|import) (brt|kernel_cases)\b", re.MULTILINE)
+collect_ignore = [
+    path.name
+    for path in Path(__file__).parent.glob("test_*.py")
+    if ALONE and NEEDS_BRT.search(path.read_text())
+]
+
 ISAS = ("avx2", "avx512", "avx512_bf16")
+
+
+def pytest_report_header() -> str:
+    """Say what is left out."""
+    left_out = f"brt is not installed, left out: {', '.join(sorted(collect_ignore))}"
+    return left_out if ALONE else "brt is installed: compared with its reference"
 
 
 @pytest.fixture(scope="session", autouse=True)
