@@ -45,7 +45,8 @@ class Gate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         scores = self.linear(x)
-        return scores.softmax(-1) if self.softmax else scores
+        # As weights they multiply from block to block: keep them small
+        return scores.softmax(-1) if self.softmax else scores / FAR
 
 
 def expert(rng: random.Random) -> nn.Module:

@@ -216,7 +216,7 @@ def test_names_of_the_state_must_stay() -> None:
         del ctx.scope.mixture.branches[2]  # type: ignore[union-attr]
         return True
 
-    with pytest.raises(brt.PassError, match="failed on the model.*nonexistent"):
+    with pytest.raises(brt.PassError, match=r"failed on the model.*nonexistent"):
         optimize(Residual(), passes=[named("bad", act=loses)])
 
     def inserts(graph: fx.GraphModule, ctx: Context) -> bool:
@@ -309,11 +309,23 @@ def test_largest_error_looks_into_everything() -> None:
         (Pair(one, 1), (one, 1), "Pair"),
         ((one,), (one, one), "tuple of 1 instead of tuple of 2"),
         (torch.tensor([True]), torch.tensor([False]), "differs"),
-        (torch.tensor([1]), torch.tensor([3]), "up to 2"),
+        (torch.tensor([1]), torch.tensor([3]), "differs"),
+        (torch.tensor([1.0]), torch.tensor([float("inf")]), "up to inf"),
+        (torch.tensor([float("nan")]), torch.tensor([1.0]), "differs"),
     ):
         with pytest.raises(Moved, match=what):
             largest_error(found, wanted, exact)
     assert largest_error(float("nan"), float("nan"), exact) == 0.0
+
+    def relative(dtype: torch.dtype) -> tuple[float, float]:
+        return 1e-3, 0.0
+
+    rows = torch.tensor([[1000.0, 1.0], [1.0, 1.0]])
+    assert largest_error(rows + torch.tensor([[0, 0.5], [0, 0]]), rows, relative) == 0.5
+    with pytest.raises(Moved):
+        largest_error(rows + torch.tensor([[0, 0], [0.5, 0]]), rows, relative)
+    turned = torch.tensor([1 + 1j])
+    assert largest_error(turned, turned, exact) == 0.0
     assert largest_error(torch.zeros(0, 3), torch.zeros(0, 3), exact) == 0.0
     roots = [brt.Cells.of(3) for _ in range(2)]
     assert roots[0].root != roots[1].root

@@ -188,7 +188,10 @@ class Pass(ABC):
         """Rewrite ``graph`` in place; return whether anything changed."""
 
     def tolerance(self, dtype: torch.dtype) -> tuple[float, float]:
-        """(relative, absolute) difference that a result may have: that of `torch.testing`."""
+        """(relative, absolute) difference that a result may have: as in `torch.testing`.
+
+        Relative to the largest value in a row of dim 0.
+        """
         return _TOLERANCE.get(dtype, _EXACT)
 
     @property
