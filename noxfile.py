@@ -77,7 +77,7 @@ def tests(session: nox.Session, case: str) -> None:
     session.run(python, "-m", "pytest", folder, "-m", "not slow", *session.posargs)
 
 
-@nox.session
+@nox.session(tags=["checks"])
 @timed
 def lint(session: nox.Session) -> None:
     """Ruff: rules and formatting."""
@@ -86,7 +86,7 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "format", "--check")
 
 
-@nox.session
+@nox.session(tags=["checks"])
 @timed
 def imports(session: nox.Session) -> None:
     """Import contracts of .importlinter."""
@@ -103,7 +103,7 @@ def imports(session: nox.Session) -> None:
     session.run("lint-imports", "--no-cache", env={"PYTHONPATH": path})
 
 
-@nox.session(venv_backend="none")
+@nox.session(venv_backend="none", tags=["checks"])
 @timed
 def types(session: nox.Session) -> None:
     """Mypy, strict, on every package."""
@@ -112,7 +112,7 @@ def types(session: nox.Session) -> None:
     session.run(python, "-m", "mypy", *sources, *session.posargs)
 
 
-@nox.session(venv_backend="none")
+@nox.session(venv_backend="none", tags=["checks"])
 @timed
 def docs(session: nox.Session) -> None:
     """Build the documentation; a warning is an error."""
@@ -120,7 +120,7 @@ def docs(session: nox.Session) -> None:
     session.run(python, "-m", "sphinx", "-W", "--keep-going", "-q", "docs", "docs/_build/html")
 
 
-@nox.session
+@nox.session(tags=["checks"])
 @timed
 def wheels(session: nox.Session) -> None:
     """Build sdists and wheels; install each beside torch only, the README's lines into nothing."""
@@ -140,7 +140,7 @@ def wheels(session: nox.Session) -> None:
         try_install(session, place, commands, *(PACKAGES[short].module for short in named))
 
 
-@nox.session(venv_backend="none")
+@nox.session(venv_backend="none", tags=["checks"])
 @timed
 def demo(session: nox.Session) -> None:
     """The main job: profile, optimise and upscale a photo (options are those of `brt demo`)."""

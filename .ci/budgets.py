@@ -18,7 +18,9 @@ BUDGETS = {
     "tests(kernels-alone)": 300,
     "tests(kernels)": 240,
     "tests(all)": 240,
-    "wheels": 240,
+    "wheels": 300,
+    "build": 240,
+    "thorough": 3600,
 }
 OTHER_BUDGET = 120
 
