@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from brt import annotate_patches
 from brt.errors import BrtError
 from brt_models import patch_sr, photos, quality
-from brt_models.patch_sr import PatchSR, PatchSRConfig
+from brt_models.patch_sr import Gate, PatchSR, PatchSRConfig
 from brt_models.patch_sr.config import Upsampler
 from brt_models.patch_sr.network import PixelShuffle
 from brt_models.resampling import crop_to_multiple, enlarge, shrink
@@ -35,12 +36,7 @@ def small(config: PatchSRConfig = SMALL, seed: int = 0) -> PatchSR:
     """A model whose gate uses every path."""
     torch.manual_seed(seed)
     model = PatchSR(config).eval()
-    with torch.no_grad():
-        noise_NCHW = torch.rand(200, 3, 12, 12) * torch.rand(200, 3, 1, 1)
-        log_error_NP = model.gate.log_error(patch_sr.centred(noise_NCHW))
-        model.gate.linear.weight.div_(log_error_NP.std(0)[:, None])
-        model.gate.linear.bias.sub_(log_error_NP.mean(0)).div_(log_error_NP.std(0))
-        model.gate.cost_P.zero_()
+    model.gate = nn.Sequential(nn.Flatten(), nn.Linear(3 * config.size**2, config.num_paths))
     return model
 
 
@@ -98,8 +94,8 @@ def test_the_small_gate_uses_every_path() -> None:
 def test_all_on_one_path_gives_gradients_to_every_branch() -> None:
     model = small().train()
     with torch.no_grad():
-        model.gate.linear.weight.zero_()
-        model.gate.linear.bias.copy_(torch.tensor([9.0, 0.0, 9.0]))
+        model.gate[1].weight.zero_()
+        model.gate[1].bias.copy_(torch.tensor([0.0, 1.0, 0.0]))
     model(torch.rand(1, 3, 20, 20)).sum().backward()
     for path, branch in enumerate(model.branches):
         total = sum(float(p.grad.abs().sum()) for p in branch.parameters() if p.grad is not None)
@@ -155,6 +151,7 @@ def test_no_photos_at_all() -> None:
         ({"upsampler": "progressive", "scale": 3}, "a power of two, got 3"),
         ({"gate_channels": ()}, "no gate"),
         ({"price": 0.0}, "price must be over 0"),
+        ({"channels": (8, 6, 4)}, "from cheap to expensive"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -196,7 +193,6 @@ def test_a_higher_price_spends_less() -> None:
     for price in (1e-9, 1e-2, 1e9):
         torch.manual_seed(0)
         model = PatchSR(replace(SMALL, price=price)).eval()
-        model.gate.linear.bias.copy_(torch.tensor([-4.0, -5.0, -6.0]))  # wider is better
         with quality.loads(model.scatter) as load_P:
             model(x_BCHW)
         spent.append(sum(n * cost for n, cost in zip(load_P, model.config.macs_P, strict=True)))
@@ -205,8 +201,18 @@ def test_a_higher_price_spends_less() -> None:
     assert spent[-1] == 49 * min(model.config.macs_P)
 
 
+@torch.inference_mode()
+def test_more_contrast_is_never_predicted_to_be_easier(shipped: PatchSR) -> None:
+    plain = [patch_sr.centred(torch.full((1, 3, 32, 32), grey)) for grey in (0.0, 0.5, 1.0)]
+    assert shipped.gate(torch.cat(plain)).argmax(1).tolist() == [0, 0, 0]
+    cells_NCHW = patch_sr.centred(torch.rand(20, 3, 32, 32))
+    paths = [shipped.gate(cells_NCHW * contrast).argmax(1) for contrast in (0.01, 0.3, 1.0, 3.0)]
+    for fainter_N, stronger_N in pairwise(paths):
+        assert (fainter_N <= stronger_N).all()
+
+
 def test_save_and_load(tmp_path: Path) -> None:
-    model = small()
+    model = PatchSR(SMALL).eval()
     patch_sr.save(model, tmp_path / "m.safetensors", {"seed": 0})
     again = patch_sr.load(tmp_path / "m.safetensors")
     assert again.config == model.config
@@ -230,7 +236,7 @@ def test_files_that_hold_no_model(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(1)}, file, {"config": json.dumps({"widths": [1]})})
     with pytest.raises(BrtError, match="its config does not fit"):
         patch_sr.load(file)
-    patch_sr.save(small(), file, {})
+    patch_sr.save(PatchSR(SMALL), file, {})
     weights = load_file(file)
     weights.pop("gate.linear.bias")
     config = json.dumps({"channels": [4, 6, 8], "blocks": [0, 1, 2], "gate_channels": [8]})
@@ -273,8 +279,7 @@ def test_the_shipped_gate_spends_where_it_helps(shipped: PatchSR) -> None:
     low_BCHW = shrink(high_BCHW, 4)
     routed = quality.compare(high_BCHW, shipped(low_BCHW), 4, "china")
     cheapest = copy.deepcopy(shipped)
-    with torch.no_grad():
-        cheapest.gate.linear.weight.zero_()
-        cheapest.gate.linear.bias.copy_(torch.tensor([-20.0, 0.0, 0.0, 0.0]))
+    assert isinstance(cheapest.gate, Gate)
+    cheapest.gate.price = 1e9
     plain = quality.compare(high_BCHW, cheapest(low_BCHW), 4, "china")
     assert routed.rgb > plain.rgb + 0.1

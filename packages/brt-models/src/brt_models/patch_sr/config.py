@@ -14,6 +14,8 @@ Upsampler = Literal["direct", "progressive"]
 class PatchSRConfig:
     """Shape of the network; path p has ``channels[p]`` features and ``blocks[p]`` blocks.
 
+    Paths go from the cheapest to the most expensive.
+
     ``upsampler="direct"`` makes all s*s sub-pixels by one convolution, ``"progressive"`` doubles
     the resolution step by step as MDSR does (s a power of two). ``residual_scale`` multiplies what
     a block adds; deep branches need it below 1. ``gate_channels`` are the features of the gate's
@@ -54,6 +56,11 @@ class PatchSRConfig:
             raise BrtError(f"PatchSRConfig: progressive needs a power of two, got {self.scale}")
         if not self.gate_channels or min(self.gate_channels) < 1:
             raise BrtError(f"PatchSRConfig: no gate of gate_channels={self.gate_channels}")
+        if list(self.macs_P) != sorted(self.macs_P):
+            raise BrtError(
+                "PatchSRConfig: paths must go from cheap to expensive; multiply-adds a patch are "
+                f"{self.macs_P}"
+            )
         if self.price <= 0:
             raise BrtError(f"PatchSRConfig: price must be over 0, got {self.price}")
 

@@ -16,6 +16,8 @@ from brt.protocols import TopK
 from brt_models.patch_sr.config import PatchSRConfig
 from brt_models.resampling import enlarge
 
+NO_DETAIL = 1e-4  # of a feature's mean: what the logarithm sees of a plain patch
+
 
 class Block(nn.Module):
     """Two convolutions whose result is added to the input."""
@@ -71,6 +73,10 @@ class Gate(nn.Module):
 
     It predicts the squared error that each path would make; a score is what error and multiply-adds
     cost together, negated, in units of the most expensive path.
+
+    Convolutions without bias and a logarithm make predictions follow a power of the contrast, and
+    no path is predicted to be worse than the one before it. So patches unlike those of training
+    still go to larger networks the more there is to lose.
     """
 
     cost_P: Tensor
@@ -80,7 +86,8 @@ class Gate(nn.Module):
         layers: list[nn.Module] = []
         channels = 3
         for wider in config.gate_channels:
-            layers += [nn.Conv2d(channels, wider, 3, stride=2, padding=1), nn.ReLU()]
+            conv = nn.Conv2d(channels, wider, 3, stride=2, padding=1, bias=False)
+            layers += [conv, nn.ReLU()]
             channels = wider
         self.features = nn.Sequential(*layers)
         self.linear = nn.Linear(channels, config.num_paths)
@@ -88,13 +95,20 @@ class Gate(nn.Module):
         cost_P = torch.tensor(config.macs_P, dtype=torch.get_default_dtype())
         self.register_buffer("cost_P", cost_P / max(config.macs_P), persistent=False)
 
-    def log_error(self, x_NCHW: Tensor) -> Tensor:
-        """[N, 3, H, W] -> the logarithm of each path's mean squared error [N, P]."""
-        return self.linear(self.features(x_NCHW).mean((2, 3)))
+    def detail(self, x_NCHW: Tensor) -> Tensor:
+        """[N, 3, H, W] -> how much of each feature there is, as logarithms [N, F]."""
+        return (self.features(x_NCHW).mean((2, 3)) + NO_DETAIL).log()
+
+    def log_steps(self, x_NCHW: Tensor) -> Tensor:
+        """[N, 3, H, W] -> logarithms [N, P] of the first path's mean squared error, and of what
+        each further path leaves of the error of the one before.
+        """
+        out_NP = self.linear(self.detail(x_NCHW))
+        return torch.cat([out_NP[:, :1], -F.softplus(out_NP[:, 1:])], 1)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """[N, 3, H, W] -> [N, P]."""
-        return -(self.log_error(x_NCHW).exp() / self.price + self.cost_P)
+        return -(self.log_steps(x_NCHW).cumsum(1).exp() / self.price + self.cost_P)
 
 
 class PatchSR(nn.Module):

@@ -175,7 +175,7 @@ def descend(
 def train_gate(model: PatchSR, crops: Crops, recipe: Recipe, log: Log, name: str) -> None:
     """The gate learns to predict the error of each path; what it does with it is the config's.
 
-    It fits logarithms, or the few patches with large errors would be all that counts. Errors below
+    It fits logarithms: of the first path's error, and of what each further one saves. Errors below
     one grey level count as one.
     """
     gate = model.gate
@@ -183,8 +183,14 @@ def train_gate(model: PatchSR, crops: Crops, recipe: Recipe, log: Log, name: str
     crops.refresh()
     cells_NCHW, error_NP = errors(model, crops, recipe.gate_patches)
     wanted_NP = (error_NP + GREY_LEVEL**2).log()
-    with torch.no_grad():
-        gate.linear.bias.copy_(wanted_NP.mean(0))
+    wanted_NP[:, 1:] -= wanted_NP[:, :-1].clone()
+    spread_P = wanted_NP.std(0).clamp(min=1e-6)
+    spread_P[0] = 1
+    with torch.no_grad():  # start at the means
+        out_P = gate.linear(gate.detail(cells_NCHW[:256])).mean(0)
+        mean_P = wanted_NP.mean(0)
+        mean_P[1:] = mean_P[1:].clamp(max=-1e-3).neg().expm1().log()  # softplus undone
+        gate.linear.bias.add_(mean_P - out_P)
 
     num_cells = len(cells_NCHW)
     batch = min(recipe.gate_batch, num_cells)
@@ -197,7 +203,8 @@ def train_gate(model: PatchSR, crops: Crops, recipe: Recipe, log: Log, name: str
             order_N = torch.randperm(num_cells, generator=crops.generator).to(crops.device)
             losses = []
             for picked_N in order_N[: num_cells - num_cells % batch].split(batch):
-                loss = F.mse_loss(gate.log_error(cells_NCHW[picked_N]), wanted_NP[picked_N])
+                found_NP = gate.log_steps(cells_NCHW[picked_N])
+                loss = ((found_NP - wanted_NP[picked_N]) / spread_P).square().mean()
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
