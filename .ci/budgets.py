@@ -16,9 +16,11 @@ BUDGETS = {
     "types": 90,
     "tests(core)": 480,
     "tests(kernels-alone)": 300,
+    "tests(kernels-alone)": 300,  # compiles them, for CUDA too
     "tests(kernels)": 240,
     "tests(all)": 240,
     "wheels": 300,
+    "demo": 180,
     "build": 240,
     "thorough": 3600,
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 import sys
 import tomllib
 from collections.abc import Iterable
@@ -143,6 +144,8 @@ def wheel_of(session: nox.Session, python: str, package: Package) -> Path:
     """The wheel of a compiled package, built only where its sources are new."""
     folder = CACHE / "wheels" / f"{package.short}-{key(package)}"
     if not list(folder.glob("*.whl")):
+        for older in folder.parent.glob(f"{package.short}-*"):
+            shutil.rmtree(older)
         pip = ("-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", str(folder))
         # Kept, so that an edit of one file compiles one file; apart from a developer's own build.
         env = {"SKBUILD_BUILD_DIR": str(CACHE / "build" / package.short)}
