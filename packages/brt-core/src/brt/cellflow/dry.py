@@ -120,7 +120,7 @@ def quiet() -> Iterator[None]:
 
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    torch.SymBool.__bool__ = refuse  # type: ignore[method-assign]
+    torch.SymBool.__bool__ = refuse  # type: ignore
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
