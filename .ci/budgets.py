@@ -15,7 +15,6 @@ BUDGETS = {
     "imports": 15,
     "types": 90,
     "tests(core)": 480,
-    "tests(kernels-alone)": 300,
     "tests(kernels-alone)": 300,  # compiles them, for CUDA too
     "tests(kernels)": 240,
     "tests(all)": 240,
