@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import typer
@@ -19,7 +20,7 @@ from brt import bench, plugins
 from brt.bench import Instruments, Machine, Result, Settings, Unavailable, Variant, Workload
 from brt.bench.check import Mismatch, largest_error
 from brt.bench.experts import grouped
-from brt.bench.loads import choices, skewed_scores
+from brt.bench.loads import choices, skewed_scores, traced_choices
 from brt.bench.probe import CopyProbe, ForeignLoad, GemmProbe, kept_memory
 from brt.bench.routing import routing
 from brt.bench.timer import HostTimer
@@ -446,8 +447,49 @@ def test_builtin_workloads_agree(spec: brt.WorkloadSpec, skew: str, dtype: torch
         instruments=instruments(time.perf_counter),
     )
     for row in result.rows:
-        allowed = ("ok", "skipped") if row.variant in ("brt", "torch grouped_mm") else ("ok",)
+        maybe = ("brt", "torch grouped_mm", "transformers grouped_mm", "transformers batched_mm")
+        allowed = ("ok", "skipped") if row.variant in maybe else ("ok",)
         assert row.status in allowed, f"{spec.name} {skew} {dtype} {row.variant}: {row.reason}"
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("activation", ["relu", "swiglu"])
+def test_experts_agree(activation: str, train: bool):
+    options = {**SMALL["grouped"], "activation": activation, "train": train}
+    result = bench.run(
+        bench.make_workload(BUILTIN[1], "cpu", torch.float32, options),
+        settings=Settings(repeats=1, warm_up_ms=0, burst_ms=0.01),
+        instruments=instruments(time.perf_counter),
+    )
+    rows = {row.variant: row for row in result.rows}
+    assert all(row.status in ("ok", "skipped") for row in rows.values()), rows
+    assert rows["brt expert_mlp"].status == rows["one dense pair"].status == "ok"
+    assert ("weight stream" in rows) is not train
+
+
+def test_choices_of_a_trace(tmp_path: Path):
+    ids = np.random.default_rng(0).integers(0, 6, (10, 3, 4), dtype=np.uint8)
+    np.savez(tmp_path / "routes.npz", lens=np.arange(3), law=ids, other=ids[::-1])
+    generator = torch.Generator().manual_seed(0)
+
+    def taken(file: str, **changed: int):
+        args = {"layer": 1, "first": 8, "num_cells": 4, "num_paths": 6, "k": 2} | changed
+        return traced_choices(str(tmp_path / file), generator=generator, **args)
+
+    choice_NK, weight_NK = taken("routes.npz")
+    assert choice_NK.tolist() == ids[[8, 9, 0, 1], 1, :2].tolist()
+    assert torch.allclose(weight_NK.sum(1), torch.ones(4))
+    assert taken("routes.npz#other")[0].tolist() == ids[::-1][[8, 9, 0, 1], 1, :2].tolist()
+    for file, changed, what in (
+        ("none.npz", {}, "no .npz file"),
+        ("routes.npz#lens", {}, "no array of expert ids"),
+        ("routes.npz#nowhere", {}, "no array of expert ids"),
+        ("routes.npz", {"layer": 3}, "asked for layer 3"),
+        ("routes.npz", {"k": 5}, "k=5"),
+        ("routes.npz", {"num_paths": 2}, "p=2"),
+    ):
+        with pytest.raises(BrtError, match=what):
+            taken(file, **changed)
 
 
 def test_builtin_workloads_beyond_the_cache():

@@ -15,6 +15,10 @@
 #include <tuple>
 #include <vector>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 namespace brt {
 
 using torch::headeronly::ScalarType;
@@ -90,8 +94,21 @@ inline Tensor as_float32(const Tensor& t) {
   return as_contiguous(torch::stable::to(t, std::make_optional(ScalarType::Float)));
 }
 
+// NOTES: Large tensors are mapped anew by each call, and touching them for the first time, 4 KiB at a time, costs more
+// than most kernels here. Where the system grants huge pages on request, this is the request.
 inline Tensor new_empty(const Tensor& like, std::vector<int64_t> shape, ScalarType type) {
-  return torch::stable::new_empty(like, shape, type);
+  constexpr size_t kHugePage = size_t{2} << 20;
+  Tensor made = torch::stable::new_empty(like, shape, type);
+#ifdef MADV_HUGEPAGE
+  const size_t num_bytes = static_cast<size_t>(made.numel()) * made.element_size();
+  if (made.is_cpu() && num_bytes >= 2 * kHugePage) {
+    const uintptr_t first = reinterpret_cast<uintptr_t>(made.mutable_data_ptr());
+    const uintptr_t begin = (first + kHugePage - 1) / kHugePage * kHugePage;
+    const uintptr_t end = (first + num_bytes) / kHugePage * kHugePage;
+    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // refused: as it was
+  }
+#endif
+  return made;
 }
 
 // The shape of `t` with its first size replaced: a [N, S...] to a [R, S...].

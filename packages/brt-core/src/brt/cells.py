@@ -168,8 +168,8 @@ class PatchGrid:
         out = rows.unflatten(0, (batch, num_y, num_x)).permute(0, 3, 1, 4, 2, 5)
         if overlap:
             out = out.to(torch.promote_types(rows.dtype, torch.float32))
-        out = _fold_mean(out.flatten(4), 4, self.lefts, self.size[1], width, scale)
-        out = _fold_mean(out.flatten(2, 3), 2, self.tops, self.size[0], height, scale)
+        out = _fold_mean(out, 4, self.lefts, self.size[1], width, scale)
+        out = _fold_mean(out, 2, self.tops, self.size[0], height, scale)
         return out.to(rows.dtype)
 
 
@@ -295,12 +295,36 @@ def _unfold(x: Tensor, dim: int, starts: tuple[int, ...], size: int) -> Tensor:
 def _fold_mean(
     x: Tensor, dim: int, starts: tuple[int, ...], size: int, full: int, scale: int
 ) -> Tensor:
-    """Undo `_unfold` (windows and positions flattened in ``dim``) by the mean of overlaps.
+    """Undo `_unfold`: one dim for windows ``dim`` and positions ``dim + 1``, the mean of overlaps.
 
-    A sum of gathers, one for each layer of overlap: no atomics, so that it is deterministic.
+    Both ways add in one order, without atomics: deterministic, and equal to the last bit.
     """
     if not _is_overlapping(starts, size):
-        return x
+        return x.flatten(dim, dim + 1)
+    # A compiler fuses the gathers into one loop; without one, each would be a pass over memory.
+    if torch.compiler.is_compiling() or size > 2 * _stride(starts):
+        return _fold_by_gathers(x.flatten(dim, dim + 1), dim, starts, size, full, scale)
+    return _fold_by_segments(x, dim, [start * scale for start in starts], size * scale)
+
+
+def _fold_by_segments(x: Tensor, dim: int, starts: Sequence[int], size: int) -> Tensor:
+    """One slice for each stretch of pixels that the same windows cover."""
+    edges = sorted({edge for start in starts for edge in (start, start + size)})
+    segments = []
+    for begin, end in itertools.pairwise(edges):
+        first, *others = (
+            x.select(dim, window).narrow(dim, begin - start, end - begin)
+            for window, start in enumerate(starts)
+            if start <= begin and end <= start + size
+        )
+        segments.append(sum(others, first) / (1 + len(others)) if others else first)
+    return torch.cat(segments, dim)
+
+
+def _fold_by_gathers(
+    x: Tensor, dim: int, starts: tuple[int, ...], size: int, full: int, scale: int
+) -> Tensor:
+    """A sum of gathers, one for each layer of overlap."""
     num_layers = max(sum(a <= b < a + size for b in starts) for a in starts)
     # Made on the device, so that a CUDA graph can be captured
     start_W = torch.arange(len(starts), device=x.device) * _stride(starts)
