@@ -5,12 +5,14 @@ Legend: N cells, P paths, R packed rows, D H O feature sizes.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
 import torch
 from core_cases import close, grads_of, one_hot_scores, top_k
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 import brt
@@ -82,22 +84,57 @@ def test_no_cells(device: torch.device) -> None:
 
 
 def test_grouped_is_one_operator_a_layer(device: torch.device) -> None:
-    calls = []
-
-    class Log(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(
-            self, func: object, types: object, args: tuple = (), kwargs: dict | None = None
-        ) -> object:
-            calls.append(str(func))
-            return func(*args, **(kwargs or {}))
-
     modules = [BRANCHES["mlp"]().to(device) for _ in range(3)]
     rows, route, _ = routed(7, None, device)
-    with torch.no_grad(), Log():
+    with torch.no_grad(), Calls() as ran:
         brt.grouped(modules, rows, route)
-    assert calls.count("brt.grouped_linear.default") == 2
-    assert not any("linear" in call and "brt" not in call for call in calls)
-    assert not any("gelu" in call for call in calls)  # it is fused
+    assert ran.names.count("brt.grouped_linear.default") == 2
+    assert not any("linear" in call and "brt" not in call for call in ran.names)
+    assert not any("gelu" in call for call in ran.names)  # it is fused
+
+
+@pytest.mark.parametrize("paths", [None, [1] * 7, [0, 2, 2, 0, 0, 2, 2], []], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_large_weights_are_not_copied(
+    paths: list[int] | None, bias: bool, device: torch.device
+) -> None:
+    def branch() -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 9000, bias), nn.SiLU(), nn.Linear(9000, 5, bias))
+
+    modules = [branch().to(device) for _ in range(3)]
+    rows, route, _ = routed(7 if paths != [] else 0, paths or None, device)
+    packed = torch.cat([rows, rows.new_zeros(2, 4)])
+    route = dataclasses.replace(route, cell_R=F.pad(route.cell_R, (0, 2), value=-1))
+    wanted = brt.grouped(modules, packed, route).detach()
+    with torch.inference_mode():
+        close(brt.grouped(modules, packed, route), wanted, factor=3)
+        with Calls() as ran:
+            brt.grouped(modules, packed, route)
+    on_cpu = device.type == "cpu"
+    assert ("aten.stack.default" in ran.names) is not on_cpu
+    # The parts of one tensor are that tensor
+    for position in (0, 2):
+        stacked = torch.stack([m[position].weight.detach() for m in modules])
+        for module, part in zip(modules, stacked, strict=True):
+            module[position].weight = nn.Parameter(part)
+    with torch.inference_mode(), Calls() as ran:
+        close(brt.grouped(modules, packed, route), wanted, factor=3)
+    assert ran.names.count("brt.grouped_linear.default") == 2
+    assert ran.names.count("aten.stack.default") == (2 if bias else 0)
+
+
+class Calls(torch.utils._python_dispatch.TorchDispatchMode):
+    """The names of all operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: object, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -24,6 +24,8 @@ _ACTIVATION_OF: dict[type[nn.Module], str] = {
     nn.Identity: "none",
 }
 _LINEAR = "linear"
+# A weight of more bytes takes longer to copy than one more call of a product takes to start
+_COSTLY_BYTES = 1 << 17
 
 
 def each(modules: Iterable[nn.Module], paths: Iterable[Any]) -> list[Any]:
@@ -61,6 +63,9 @@ def grouped(modules: Iterable[nn.Module], rows_RI: Tensor, route: Route) -> Tens
     forward hooks. One operator of the graph of this call stands for all paths, and nothing waits
     for the loads where the kernel does not (`brt.ops.explain`). Gradients reach every module's own
     parameters.
+
+    Weights that lie side by side in one tensor are used as they are; others are copied together,
+    except for large ones on the CPU: without gradients these run one after the other.
     """
     modules = list(modules)
     if has_torch_function((rows_RI,)):
@@ -85,8 +90,8 @@ def grouped(modules: Iterable[nn.Module], rows_RI: Tensor, route: Route) -> Tens
             continue
         following = kinds[position + 1] if position + 1 < len(kinds) else _LINEAR
         activation = "none" if following == _LINEAR else following
-        weight_POI, bias_PO = stack_linears([branch[position] for branch in branches])  # type: ignore[misc]
-        rows_RI = ops.grouped_linear(rows_RI, route.offsets_P1, weight_POI, bias_PO, activation)
+        linears: list[nn.Linear] = [branch[position] for branch in branches]  # type: ignore[misc]
+        rows_RI = _grouped_linears(linears, rows_RI, route, activation)
         position += 1 if following == _LINEAR else 2
     return rows_RI
 
@@ -119,6 +124,41 @@ def activation_of(module: nn.Module) -> str | None:
     return _ACTIVATION_OF.get(type(module))
 
 
+def _grouped_linears(
+    linears: Sequence[nn.Linear], rows_RI: Tensor, route: Route, activation: str
+) -> Tensor:
+    if _is_costly_to_stack(linears, rows_RI):
+        return _one_by_one(linears, rows_RI, route, activation)
+    weight_POI, bias_PO = stack_linears(linears)
+    return ops.grouped_linear(rows_RI, route.offsets_P1, weight_POI, bias_PO, activation)
+
+
+def _is_costly_to_stack(linears: Sequence[nn.Linear], rows_RI: Tensor) -> bool:
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(rows_RI) is not Tensor:
+        return False
+    if torch.is_autocast_enabled(rows_RI.device.type):
+        return False
+    weights = [linear.weight for linear in linears]
+    num_bytes = weights[0].numel() * weights[0].element_size()
+    if rows_RI.device.type != "cpu" or num_bytes < _COSTLY_BYTES:
+        return False
+    return len({weight.shape for weight in weights}) == 1 and _stacked_view(weights) is None
+
+
+def _one_by_one(
+    linears: Sequence[nn.Linear], rows_RI: Tensor, route: Route, activation: str
+) -> Tensor:
+    out_RO = rows_RI.new_zeros(rows_RI.shape[0], linears[0].out_features)
+    begin = int(route.offsets_P1[0])
+    for linear, size in zip(linears, ops.path_sizes(route.offsets_P1), strict=True):
+        if size:
+            out_RO[begin : begin + size] = activate(
+                linear(rows_RI[begin : begin + size]), activation
+            )
+        begin += size
+    return out_RO
+
+
 def stack_linears(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
     """Weights ``[P, O, I]`` and biases ``[P, O]`` (None where there is none) of linear layers."""
     if len({tuple(linear.weight.shape) for linear in linears}) != 1:
@@ -127,8 +167,33 @@ def stack_linears(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
     with_bias = [linear.bias is not None for linear in linears]
     if any(with_bias) and not all(with_bias):
         raise RouteError("grouped: some linear layers have a bias and some have none")
-    weight = torch.stack([linear.weight for linear in linears])
-    return weight, torch.stack([linear.bias for linear in linears]) if all(with_bias) else None
+    weight = _stack([linear.weight for linear in linears])
+    return weight, _stack([linear.bias for linear in linears]) if all(with_bias) else None
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    stacked = None
+    if not torch.compiler.is_compiling() and not torch.is_grad_enabled():
+        stacked = _stacked_view(tensors)
+    return torch.stack(list(tensors)) if stacked is None else stacked
+
+
+def _stacked_view(tensors: Sequence[Tensor]) -> Tensor | None:
+    """The tensors as one, without a copy, where they are the parts of one tensor in order."""
+    first = tensors[0]
+    if any(
+        type(t.data) is not Tensor or not t.is_contiguous() or t.dtype != first.dtype
+        for t in tensors
+    ):
+        return None
+    storage, begin = first.untyped_storage().data_ptr(), first.storage_offset()
+    for i, tensor in enumerate(tensors):
+        if (
+            tensor.untyped_storage().data_ptr() != storage
+            or tensor.storage_offset() != begin + i * first.numel()
+        ):
+            return None
+    return first.detach().as_strided((len(tensors), *first.shape), (first.numel(), *first.stride()))
 
 
 def _call(module: nn.Module, path: Any) -> Any:
