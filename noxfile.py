@@ -159,11 +159,23 @@ def bench(session: nox.Session) -> None:
 @nox.session(venv_backend="none", default=False)
 @timed
 def thorough(session: nox.Session) -> None:
-    """Every test, the slow ones too, with the large numbers of random cases."""
+    """Every test, the slow ones too, with the large numbers of random cases; then `sanitizers`."""
     python = everything(session, *TEST)
     folders = [str(package.folder) for package in PACKAGES.values()]
     env = {"BRT_THOROUGH": "1"}
+    session.notify("sanitizers")
     session.run(python, "-m", "pytest", *folders, "tests", *session.posargs, env=env)
+
+
+@nox.session(venv_backend="none", default=False)
+@timed
+def sanitizers(session: nox.Session) -> None:
+    """Build the C++ operators with AddressSanitizer and UBSan, and run their tests on them."""
+    python = everything(session, *TEST)
+    bin_folder = str(Path(python).parent)
+    env = {"PYTHON": python, "PATH": os.pathsep.join([bin_folder, os.environ["PATH"]])}
+    script = PACKAGES["kernels"].folder / "scripts" / "sanitize.sh"
+    session.run("sh", str(script), *session.posargs, env=env, external=True)
 
 
 @nox.session(default=False)

@@ -22,6 +22,7 @@ BUDGETS = {
     "demo": 180,
     "build": 240,
     "thorough": 3600,
+    "sanitizers": 900,
 }
 OTHER_BUDGET = 120
 
