@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from brt.conv_steps import image_shape, unflatten_branch
+from brt.path_conv import activate_image, extra_of, unflatten_convs
 
 # Above this many choices a cell, `combine` walks rows on CPU instead of choices.
 _MANY_CHOICES = 16
@@ -345,6 +346,28 @@ def conv_chain_backward(
     return [
         torch.zeros_like(t) if grad is None else grad for t, grad in zip(inputs, grads, strict=True)
     ]
+
+
+def grouped_conv2d(
+    x_P: Sequence[Tensor],
+    weight_P: Sequence[Tensor],
+    extras: Sequence[Tensor],
+    convs: Sequence[int],
+    activation: str,
+) -> list[Tensor]:
+    """``act(conv2d(x[p], weight[p], bias) + residual)`` for every path p, contiguous.
+
+    ``convs`` has six integers a path (see `brt.path_conv.PathConv`).
+    """
+    made = []
+    for x, weight, conv in zip(x_P, weight_P, unflatten_convs(convs), strict=True):
+        bias = extra_of(extras, conv.bias)
+        image = F.conv2d(x, weight, bias, conv.stride, conv.padding, 1, conv.groups)
+        if conv.residual >= 0:
+            image = image + extras[conv.residual]
+        slope = extra_of(extras, conv.slope)
+        made.append(activate_image(image, activation, slope).contiguous())
+    return made
 
 
 def _shuffle(image: Tensor, factor: int) -> Tensor:

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from brt.conv_steps import ConvStep, flatten_branches
 from brt.errors import BrtError
+from brt.path_conv import PathConv
 
 # What a convolutional branch is shown with: cells are patches of this size.
 PIXELS, CHANNELS = 32, 16
+CONV = PathConv(padding=1)
 
 
 def sample_calls(
@@ -55,6 +57,7 @@ def sample_calls(
     ]
     steps, scales, step_offsets_P1 = flatten_branches(branches)
     chain = (patches_RCHW, offsets_P1, params, steps, step_offsets_P1, scales)
+    convolved_P = list(patches_RCHW.tensor_split(paths))
     up_PHD, down_PDH = floats(paths, hidden, dim), floats(paths, dim, hidden)
     return {
         "route": (choice_NK, paths, *settings),
@@ -66,6 +69,7 @@ def sample_calls(
         "compact": (mask_NP[:, 0].contiguous(),),
         "grouped_linear": (rows_RD, offsets_P1, up_PHD, None, "gelu"),
         "grouped_outer": (rows_RH, rows_RD, offsets_P1),
+        "grouped_conv2d": (convolved_P, [first] * paths, [], paths * CONV.numbers(), "relu"),
         "conv_chain": chain,
         "conv_chain_backward": (floats(num_rows, CHANNELS, PIXELS, PIXELS), *chain),
         "expert_mlp": (

@@ -5,6 +5,7 @@ from brt.ops.compact import compact
 from brt.ops.conv_chain import conv_chain
 from brt.ops.dispatch import dispatch, same_size
 from brt.ops.expert_mlp import expert_mlp
+from brt.ops.grouped_conv2d import grouped_conv2d
 from brt.ops.grouped_linear import grouped_linear, grouped_outer
 from brt.ops.path_sizes import path_sizes
 from brt.ops.reference_kernels import REFERENCE_KERNELS
@@ -36,6 +37,7 @@ __all__ = [
     "expert_mlp",
     "explain",
     "forget",
+    "grouped_conv2d",
     "grouped_linear",
     "grouped_outer",
     "path_sizes",

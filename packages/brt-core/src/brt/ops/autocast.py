@@ -19,13 +19,15 @@ def register_autocast(operator: Operator, floats: tuple[int, ...]) -> None:
 
         def cast(*args: Any, device: str = device) -> Any:
             dtype = torch.get_autocast_dtype(device)
-            given = [
-                a.to(dtype)
-                if i in floats and isinstance(a, Tensor) and a.dtype != torch.float64
-                else a
-                for i, a in enumerate(args)
-            ]
+            given = [_cast(a, dtype) if i in floats else a for i, a in enumerate(args)]
             with torch.autocast(device, enabled=False):
                 return operator.overload(*given)
 
         LIBRARY.impl(operator.name, cast, "AutocastCPU" if device == "cpu" else "AutocastCUDA")
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """A tensor, or those of a list, in this dtype; float64 stays, as torch has it."""
+    if isinstance(value, (list, tuple)):
+        return [_cast(one, dtype) for one in value]
+    return value.to(dtype) if isinstance(value, Tensor) and value.dtype != torch.float64 else value

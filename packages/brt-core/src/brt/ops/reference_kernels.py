@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from brt import reference
+from brt.path_conv import conv_flops
 from brt.specs import ANY_DEVICE, KernelSpec
 
 _OVERHEAD_US = 10.0
@@ -48,8 +49,16 @@ def _estimate_chain(
     return _OVERHEAD_US * len(steps) / 9 + 2 * pixels * weights / _FLOPS_PER_US
 
 
+def _estimate_convs(
+    x_P: list[Tensor], weight_P: list[Tensor], _: Any, convs: list[int], *__: Any
+) -> float:
+    flops = conv_flops(x_P, weight_P, convs)
+    return 3 * _OVERHEAD_US * len(x_P) + flops / _FLOPS_PER_US
+
+
 _ESTIMATES: dict[str, Callable[..., float]] = {
     "conv_chain": _estimate_chain,
+    "grouped_conv2d": _estimate_convs,
     "grouped_linear": _estimate_linear,
     "grouped_outer": _estimate_outer,
     "expert_mlp": _estimate_mlp,
@@ -57,7 +66,7 @@ _ESTIMATES: dict[str, Callable[..., float]] = {
 _OPS = (
     "route", "route_mask", "dispatch", "combine", "row_dot", "path_sizes", "compact",
     "grouped_linear", "grouped_outer", "expert_mlp", "conv_chain",
-    "conv_chain_backward",
+    "conv_chain_backward", "grouped_conv2d",
 )  # fmt: skip
 
 REFERENCE_KERNELS = tuple(

@@ -224,6 +224,8 @@ def _device_of(args: tuple[Any, ...]) -> str:
     for a in args:
         if isinstance(a, Tensor):
             return a.device.type
+        if isinstance(a, (list, tuple)) and a and isinstance(a[0], Tensor):
+            return a[0].device.type
     raise KernelError("an operator of brt needs at least one tensor")
 
 

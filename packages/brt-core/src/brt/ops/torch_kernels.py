@@ -5,6 +5,7 @@ Legend: R rows, P paths, I features in, O features out.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 
 from brt.ops.expert_mlp import expert_mlp_parts
 from brt.ops.grouped_linear import activate
+from brt.path_conv import conv_flops, extra_of, unflatten_convs
 from brt.specs import ANY_DEVICE, KernelSpec
 
 # The grouped product of torch reads 16 bytes at a time and takes this many groups
@@ -21,6 +23,7 @@ _MAX_GROUPS = 1023
 _LAUNCH_US = 20.0
 _FLOPS_PER_US = 2e8
 _CPU_FLOPS_PER_US = 1e5
+_CONV_US = 20.0
 
 
 def _grouped_linear(
@@ -43,6 +46,34 @@ def _grouped_linear(
 
 def _grouped_outer(y_RO: Tensor, x_RI: Tensor, offsets_P1: Tensor) -> Tensor:
     return F.grouped_mm(y_RO.t(), x_RI, offs=offsets_P1[1:].to(torch.int32))
+
+
+def _grouped_conv2d(
+    x_P: Sequence[Tensor],
+    weight_P: Sequence[Tensor],
+    extras: Sequence[Tensor],
+    convs: Sequence[int],
+    activation: str,
+) -> list[Tensor]:
+    made = []
+    for x, weight, conv in zip(x_P, weight_P, unflatten_convs(convs), strict=True):
+        bias = extra_of(extras, conv.bias)
+        image = F.conv2d(x, weight, bias, conv.stride, conv.padding, 1, conv.groups)
+        if conv.residual >= 0:
+            image += extras[conv.residual]
+        if activation == "prelu":
+            image = F.prelu(image, extras[conv.slope])
+        elif activation != "none":
+            _IN_PLACE[activation](image)
+        made.append(image.contiguous())
+    return made
+
+
+_IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu_,
+    "sigmoid": torch.sigmoid_,
+    "silu": lambda image: F.silu(image, inplace=True),
+}
 
 
 def _refuses(x_RI: Tensor, num_paths: int, *others: Tensor) -> str | None:
@@ -87,7 +118,21 @@ def _estimate_parts(*args: Any) -> float:
     return 4 * _LAUNCH_US + flops / rate
 
 
+def _estimate_convs(
+    x_P: Sequence[Tensor], weight_P: Sequence[Tensor], _: Any, convs: Sequence[int], *__: Any
+) -> float:
+    rate = _FLOPS_PER_US if x_P[0].is_cuda else _CPU_FLOPS_PER_US
+    return _CONV_US * len(x_P) + conv_flops(x_P, weight_P, convs) / rate
+
+
 TORCH_KERNELS = (
+    KernelSpec(
+        op="grouped_conv2d",
+        device=ANY_DEVICE,
+        name="torch-conv",
+        forward=_grouped_conv2d,
+        estimate=_estimate_convs,
+    ),
     KernelSpec(
         op="expert_mlp",
         device=ANY_DEVICE,

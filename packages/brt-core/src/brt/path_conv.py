@@ -1,0 +1,75 @@
+"""The convolutions of `brt.ops.grouped_conv2d` as data: one for each path.
+
+Legend: P paths, R rows of a path, C O channels in and out, H W height and width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn import functional as F
+
+CONV_ACTIVATIONS = ("none", "relu", "prelu", "sigmoid", "silu")
+_NUMBERS = 6
+
+
+@dataclass(frozen=True)
+class PathConv:
+    """The convolution of one path: ``act(conv2d(x, weight, bias) + residual)``.
+
+    ``bias``, ``residual`` and ``slope`` are positions in the operator's list of extra tensors;
+    -1 = none. A list of optional tensors would lose gradients: autograd of custom operators follows
+    lists of tensors only.
+    """
+
+    bias: int = -1
+    residual: int = -1
+    slope: int = -1
+    stride: int = 1
+    padding: int = 0
+    groups: int = 1
+
+    def numbers(self) -> list[int]:
+        """The six integers that the operator takes for a path."""
+        return [self.bias, self.residual, self.slope, self.stride, self.padding, self.groups]
+
+    def out_shape(self, x_RCHW: Tensor, weight: Tensor) -> tuple[int, int, int, int]:
+        """``(R, O, H', W')`` of what it makes."""
+        num_rows, _, *sizes = x_RCHW.shape
+        height, width = (
+            (size + 2 * self.padding - weight.shape[-1]) // self.stride + 1 for size in sizes
+        )
+        return num_rows, weight.shape[0], height, width
+
+
+def unflatten_convs(convs: Sequence[int]) -> list[PathConv]:
+    """The convolutions of the flat list that the operator takes."""
+    return [PathConv(*convs[i : i + _NUMBERS]) for i in range(0, len(convs), _NUMBERS)]
+
+
+def extra_of(extras: Sequence[Tensor], position: int) -> Tensor | None:
+    """The extra tensor at a position, None where it is -1."""
+    return None if position < 0 else extras[position]
+
+
+def conv_flops(x_P: Sequence[Tensor], weight_P: Sequence[Tensor], convs: Sequence[int]) -> float:
+    """Floating-point operations of the convolutions of all paths, borders included."""
+    flops = 0.0
+    for x, weight, stride in zip(x_P, weight_P, convs[3::_NUMBERS], strict=True):
+        num_rows, _, height, width = x.shape
+        flops += 2 * weight.numel() * num_rows * height * width / stride**2
+    return flops
+
+
+def activate_image(image: Tensor, activation: str, slope: Tensor | None = None) -> Tensor:
+    """An activation by its name in `CONV_ACTIVATIONS`."""
+    if activation == "relu":
+        return F.relu(image)
+    if activation == "prelu":
+        assert slope is not None
+        return F.prelu(image, slope)
+    if activation == "sigmoid":
+        return image.sigmoid()
+    return F.silu(image) if activation == "silu" else image
