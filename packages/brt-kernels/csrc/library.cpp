@@ -25,6 +25,8 @@ STABLE_TORCH_LIBRARY(brt_kernels, m) {
       "expert_mlp(Tensor x_ND, Tensor cell_R, Tensor row_NK, Tensor offsets_P1, Tensor? weight_R, Tensor up_PHD, "
       "Tensor? up_bias_PH, Tensor down_PDH, Tensor? down_bias_PD, str activation) -> Tensor");
   m.def(
+      "grouped_conv2d(Tensor[] x_P, Tensor[] weight_P, Tensor[] extras, SymInt[] convs, str activation) -> Tensor[]");
+  m.def(
       "conv_chain(Tensor x_RCHW, Tensor offsets_P1, Tensor[] params, SymInt[] steps, SymInt[] step_offsets_P1, "
       "float[] scales, Tensor? packed=None) -> Tensor");
   m.def(

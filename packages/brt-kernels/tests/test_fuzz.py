@@ -10,11 +10,12 @@ import random
 import pytest
 import torch
 from chains import ChainBuilder
+from convs import PathCase, call_of
 from kernel_cases import arguments
 
 OPS = (
     "route", "route_mask", "dispatch", "combine", "row_dot", "compact", "grouped_linear",
-    "grouped_outer", "expert_mlp", "conv_chain",
+    "grouped_outer", "expert_mlp", "conv_chain", "grouped_conv2d",
 )  # fmt: skip
 DTYPES = (
     torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int32, torch.int64,
@@ -24,6 +25,9 @@ NUMBERS = (-(2**62), -(2**31), -1, 0, 1, 2, 3, 7, 64, 2**31, 2**40, 2**62)
 
 
 def good_arguments(op: str) -> list[object]:
+    if op == "grouped_conv2d":
+        cases = [PathCase(2, 4, (4, 5), 6, residual=True), PathCase(1, 4, (3, 3), 4, groups=2)]
+        return list(call_of(cases, "prelu").args())
     if op != "conv_chain":
         return list(arguments(torch.device("cpu"))[op])
     build = ChainBuilder()

@@ -5,7 +5,8 @@ Legend: P paths, R rows of a path, C O channels in and out, H W height and width
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -54,13 +55,20 @@ def extra_of(extras: Sequence[Tensor], position: int) -> Tensor | None:
     return None if position < 0 else extras[position]
 
 
-def conv_flops(x_P: Sequence[Tensor], weight_P: Sequence[Tensor], convs: Sequence[int]) -> float:
-    """Floating-point operations of the convolutions of all paths, borders included."""
-    flops = 0.0
-    for x, weight, stride in zip(x_P, weight_P, convs[3::_NUMBERS], strict=True):
+def conv_works(
+    x_P: Sequence[Tensor], weight_P: Sequence[Tensor], convs: Sequence[int]
+) -> Iterator[tuple[float, float]]:
+    """For estimates, of each path: operations, borders included, and channels of a group.
+
+    The channels are the geometric mean of those in and out: what the speed of a convolution
+    depends on most.
+    """
+    settings = zip(convs[3::_NUMBERS], convs[5::_NUMBERS], strict=True)
+    for x, weight, (stride, groups) in zip(x_P, weight_P, settings, strict=True):
         num_rows, _, height, width = x.shape
-        flops += 2 * weight.numel() * num_rows * height * width / stride**2
-    return flops
+        num_out, num_in, _, _ = weight.shape
+        flops = 2 * weight.numel() * num_rows * height * width / stride**2
+        yield flops, math.sqrt(num_in * num_out / groups)
 
 
 def activate_image(image: Tensor, activation: str, slope: Tensor | None = None) -> Tensor:

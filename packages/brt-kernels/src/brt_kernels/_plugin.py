@@ -13,6 +13,7 @@ from torch import Tensor
 
 import brt
 from brt import KernelSpec
+from brt.path_conv import conv_works
 from brt_kernels._load import load
 from brt_kernels._packed import PackedWeights
 from brt_kernels.ops import register_all_fakes
@@ -28,6 +29,9 @@ BYTES_PER_US = {"cpu": 15_000.0, "cuda": 2_000_000.0}
 FLOPS_PER_US = {"cpu": 150_000.0, "cuda": 120_000_000.0}
 PRODUCT_US = {"cpu": 4.0, "cuda": 25.0}
 OVERHEAD_US = 4.0
+# Direct convolutions, of a path with many channels: torch's are faster above about 64 on the CPU.
+CONV_FLOPS_PER_US = {"cpu": 85_000.0, "cuda": 10_000_000.0}
+CONV_US = {"cpu": 3.0, "cuda": 1.0}
 
 
 def _floats(tensor: Tensor) -> str | None:
@@ -103,6 +107,12 @@ def _chain_refuses(
     return _floats(x_RCHW) or next((_floats(p) for p in params if p.dtype not in FLOATS), None)
 
 
+def _conv2d_refuses(
+    x_P: Sequence[Tensor], weight_P: Sequence[Tensor], extras: Sequence[Tensor], *_: Any
+) -> str | None:
+    return _floats(x_P[0]) or _same(x_P[0], *x_P, *weight_P, *extras)
+
+
 def _moving(device: str) -> Callable[..., float]:
     rate = BYTES_PER_US[device]
 
@@ -155,6 +165,20 @@ def _chain(device: str) -> Callable[..., float]:
     return estimate
 
 
+def _conv2d(device: str) -> Callable[..., float]:
+    rate, overhead = CONV_FLOPS_PER_US[device], CONV_US[device]
+
+    def estimate(
+        x_P: Sequence[Tensor], weight_P: Sequence[Tensor], _: Any, convs: Sequence[int], *__: Any
+    ) -> float:
+        time = PRODUCT_US[device] + overhead * len(x_P)
+        for flops, channels in conv_works(x_P, weight_P, convs):
+            time += flops * (1 + 4 / channels) / rate  # few channels: more is read for each product
+        return time
+
+    return estimate
+
+
 _packed_chains = PackedWeights()
 
 
@@ -199,7 +223,7 @@ CUDA_REFUSES: dict[str, Callable[..., str | None]] = {
     "route_mask": _cuda_route_refuses,
     "grouped_linear": _cuda_linear_refuses,
 }
-CPU_ONLY = ("grouped_outer", "conv_chain")
+CPU_ONLY = ("grouped_outer", "conv_chain", "grouped_conv2d")
 
 
 def _both(
@@ -228,6 +252,7 @@ def brt_kernels() -> Iterator[KernelSpec]:
         "grouped_outer": (ops.grouped_outer.default, _outer_refuses, _outer),
         "expert_mlp": (ops.expert_mlp.default, _mlp_refuses, _mlp),
         "conv_chain": (_conv_chain, _chain_refuses, _chain),
+        "grouped_conv2d": (ops.grouped_conv2d.default, _conv2d_refuses, _conv2d),
     }
     for op, (forward, refuses, estimate) in kinds.items():
         yield KernelSpec(

@@ -11,6 +11,7 @@ enum class Real : int { kFloat32, kFloat16, kBFloat16 };
 enum class Activation : int { kNone, kRelu, kGelu, kGeluTanh, kSilu, kSwiglu };
 
 struct ConvStep;   // see conv_chain.h
+struct ConvTask;   // see grouped_conv2d.h
 struct GroupTask;  // see grouped_linear.h
 struct OuterTask;  // see outer.h
 
@@ -48,6 +49,11 @@ struct Kernels {
   void (*plane_read)(float* plane, const float* image, int64_t channels, int64_t height, int64_t width, float* scratch);
   void (*plane_write)(float* image, const float* plane, int64_t channels, int64_t height, int64_t width, float* scratch);
   void (*conv_step)(const ConvStep& step, float* scratch);
+
+  // grouped_conv2d.cpp
+  int64_t (*conv_task_rows)(const ConvTask& task);  // of its sizes only
+  int64_t (*conv_task_scratch_numel)(const ConvTask& task);
+  void (*conv_task)(const ConvTask& task, float* scratch);
 };
 
 namespace avx2 { const Kernels* kernels(); }

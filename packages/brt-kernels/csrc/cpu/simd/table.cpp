@@ -1,5 +1,6 @@
 // The table of this instruction set.
 #include "conv_chain.h"
+#include "grouped_conv2d.h"
 #include "grouped_linear.h"
 #include "outer.h"
 #include "rows.h"
@@ -30,6 +31,9 @@ const Kernels* kernels() {
       .plane_read = plane_read,
       .plane_write = plane_write,
       .conv_step = conv_step,
+      .conv_task_rows = conv_task_rows,
+      .conv_task_scratch_numel = conv_task_scratch_numel,
+      .conv_task = conv_task,
   };
   return &table;
 }

@@ -10,6 +10,7 @@ from brt_kernels.ops import (
     conv_chain,
     dispatch,
     expert_mlp,
+    grouped_conv2d,
     grouped_linear,
     grouped_outer,
     route,
@@ -17,8 +18,8 @@ from brt_kernels.ops import (
 )
 
 _FILES = (
-    combine, compact, conv_chain, dispatch, expert_mlp, grouped_linear, grouped_outer,
-    route, row_dot,
+    combine, compact, conv_chain, dispatch, expert_mlp, grouped_conv2d, grouped_linear,
+    grouped_outer, route, row_dot,
 )  # fmt: skip
 
 
