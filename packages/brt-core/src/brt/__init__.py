@@ -26,7 +26,14 @@ from brt.optimize import optimize
 from brt.optimized import Optimized
 from brt.profile import Profile, profile
 from brt.route import Route
-from brt.routers import EarlyExit, GatherRouter, LoopRouter, Router, ScatterRouter
+from brt.routers import (
+    EarlyExit,
+    ExpertRouter,
+    GatherRouter,
+    LoopRouter,
+    Router,
+    ScatterRouter,
+)
 from brt.specs import (
     AdapterSpec,
     KernelSpec,
@@ -47,6 +54,7 @@ __all__ = [
     "Cells",
     "Decision",
     "EarlyExit",
+    "ExpertRouter",
     "GatherRouter",
     "Grid",
     "KernelError",

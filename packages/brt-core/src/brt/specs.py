@@ -158,7 +158,10 @@ class AdapterSpec(Offer):
     """What makes brt routers and experts of another library's module.
 
     ``matches(module) -> bool`` looks at one module and changes nothing. ``adapt(module)`` returns
-    the module to put in its place, which shares its parameters under the same names.
+    the module to put in its place, which shares its parameters under the same names; it may be the
+    same object, changed. ``leaves(module)`` may say why a module that looks like experts is none of
+    this adapter's; None where there is nothing to say. ``opens(name)`` may build a model of a class
+    name or a checkpoint's folder, without weights, for ``brt adapt``; None where it knows neither.
     """
 
     kind = "adapters"
@@ -166,11 +169,16 @@ class AdapterSpec(Offer):
 
     matches: Callable[[nn.Module], bool]
     adapt: Callable[[nn.Module], nn.Module]
+    leaves: Callable[[nn.Module], str | None] | None = None
+    opens: Callable[[str], nn.Module | None] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _require_callable(str(self), "matches", self.matches)
         _require_callable(str(self), "adapt", self.adapt)
+        for name, function in (("leaves", self.leaves), ("opens", self.opens)):
+            if function is not None:
+                _require_callable(str(self), name, function)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 import brt
 from brt_models import patch_sr
+from brt_models.adapters import ADAPTERS
 from brt_models.workloads import patch_sr as patch_sr_workloads
 
 
@@ -33,6 +34,11 @@ def brt_models() -> Iterable[brt.ModelSpec]:
         cells="a 32x32 patch",
         paper="LiveSR in Brainstorm (OSDI 2023), branches of NAS (OSDI 2018)",
     )
+
+
+@brt.hookimpl
+def brt_adapters() -> Iterable[brt.AdapterSpec]:
+    yield from ADAPTERS
 
 
 @brt.hookimpl

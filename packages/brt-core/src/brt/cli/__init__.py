@@ -26,6 +26,7 @@ COMMANDS = (
     "report",
     "bench",
     "models",
+    "adapt",
     "protocols",
     "routers",
     "passes",
