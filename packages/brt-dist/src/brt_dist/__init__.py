@@ -1,0 +1,1 @@
+"""Experts on several ranks: sparse exchange, expert parallelism and placement."""

@@ -1,0 +1,3 @@
+"""What brt-dist offers to brt."""
+
+from __future__ import annotations
