@@ -25,6 +25,13 @@ def _installed() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def _float32() -> Iterator[None]:
+    """Convolutions of cuDNN in float32, as what they are compared with."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_equals_the_reference(dtype: torch.dtype, device: torch.device) -> None:
     args = call_of(MIXED, "silu").mapped(lambda t: t.to(device, dtype)).args()

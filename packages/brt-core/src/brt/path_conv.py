@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -16,9 +16,10 @@ CONV_ACTIVATIONS = ("none", "relu", "prelu", "sigmoid", "silu")
 _NUMBERS = 6
 
 
-@dataclass(frozen=True)
-class PathConv:
-    """The convolution of one path: ``act(conv2d(x, weight, bias) + residual)``.
+class PathConv(NamedTuple):
+    """The convolution of one path, as the six integers that the operator takes.
+
+    ``act(conv2d(x, weight, bias, stride, padding, groups) + residual)``
 
     ``bias``, ``residual`` and ``slope`` are positions in the operator's list of extra tensors;
     -1 = none. A list of optional tensors would lose gradients: autograd of custom operators follows
@@ -32,17 +33,12 @@ class PathConv:
     padding: int = 0
     groups: int = 1
 
-    def numbers(self) -> list[int]:
-        """The six integers that the operator takes for a path."""
-        return [self.bias, self.residual, self.slope, self.stride, self.padding, self.groups]
-
     def out_shape(self, x_RCHW: Tensor, weight: Tensor) -> tuple[int, int, int, int]:
         """``(R, O, H', W')`` of what it makes."""
-        num_rows, _, *sizes = x_RCHW.shape
-        height, width = (
-            (size + 2 * self.padding - weight.shape[-1]) // self.stride + 1 for size in sizes
-        )
-        return num_rows, weight.shape[0], height, width
+        num_rows, _, height, width = x_RCHW.shape
+        num_out, _, _, kernel = weight.shape
+        less, stride = kernel - 2 * self.padding, self.stride
+        return num_rows, num_out, (height - less) // stride + 1, (width - less) // stride + 1
 
 
 def unflatten_convs(convs: Sequence[int]) -> list[PathConv]:

@@ -69,7 +69,7 @@ def sample_calls(
         "compact": (mask_NP[:, 0].contiguous(),),
         "grouped_linear": (rows_RD, offsets_P1, up_PHD, None, "gelu"),
         "grouped_outer": (rows_RH, rows_RD, offsets_P1),
-        "grouped_conv2d": (convolved_P, [first] * paths, [], paths * CONV.numbers(), "relu"),
+        "grouped_conv2d": (convolved_P, [first] * paths, [], paths * list(CONV), "relu"),
         "conv_chain": chain,
         "conv_chain_backward": (floats(num_rows, CHANNELS, PIXELS, PIXELS), *chain),
         "expert_mlp": (

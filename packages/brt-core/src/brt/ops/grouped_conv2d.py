@@ -55,9 +55,9 @@ def grouped_conv2d(
     ]
     if slope_P is not None and activation != "prelu":
         raise RouteError(f"grouped_conv2d: slopes are for activation 'prelu', got {activation!r}")
-    path_convs = [PathConv(*numbers) for numbers in zip(*places, *settings, strict=True)]
-    convs = [number for conv in path_convs for number in conv.numbers()]
-    _check(x_P, weight_P, extras, convs, activation)
+    path_convs = list(map(PathConv._make, zip(*places, *settings, strict=True)))
+    _check(x_P, weight_P, extras, path_convs, activation)
+    convs = [number for conv in path_convs for number in conv]
     needs_grad = torch.is_grad_enabled() and any(
         t.requires_grad for t in (*x_P, *weight_P, *extras)
     )
@@ -100,17 +100,17 @@ def _check(
     x_P: Sequence[Tensor],
     weight_P: Sequence[Tensor],
     extras: Sequence[Tensor],
-    convs: Sequence[int],
+    path_convs: Sequence[PathConv],
     activation: str,
 ) -> None:
     if activation not in CONV_ACTIVATIONS:
         raise RouteError(
             f"grouped_conv2d: activation {activation!r}; there are {', '.join(CONV_ACTIVATIONS)}"
         )
-    if not x_P or len(x_P) != len(weight_P) or len(convs) != 6 * len(x_P):
+    if not x_P or len(x_P) != len(weight_P) or len(x_P) != len(path_convs):
         raise RouteError(
-            "grouped_conv2d: expected rows, a weight and 6 numbers of each of at least one path, "
-            f"got {len(x_P)}, {len(weight_P)} and {len(convs)}"
+            "grouped_conv2d: expected rows, a weight and a convolution of each of at least one "
+            f"path, got {len(x_P)}, {len(weight_P)} and {len(path_convs)}"
         )
     check_devices("grouped_conv2d", *x_P, *weight_P, *extras)
     dtypes = {t.dtype for t in (*x_P, *weight_P, *extras)}
@@ -119,7 +119,7 @@ def _check(
     ):
         found = ", ".join(sorted(map(str, dtypes)))
         raise RouteError(f"grouped_conv2d: tensors must have one floating dtype, got {found}")
-    for p, conv in enumerate(unflatten_convs(convs)):
+    for p, conv in enumerate(path_convs):
         _check_path(p, x_P[p], weight_P[p], extras, conv, activation)
 
 
@@ -189,10 +189,11 @@ def _(
     convs: Sequence[int],
     activation: str,
 ) -> list[Tensor]:
-    _check(x_P, weight_P, extras, convs, activation)
+    path_convs = unflatten_convs(convs)
+    _check(x_P, weight_P, extras, path_convs, activation)
     return [
         x.new_empty(conv.out_shape(x, weight))
-        for x, weight, conv in zip(x_P, weight_P, unflatten_convs(convs), strict=True)
+        for x, weight, conv in zip(x_P, weight_P, path_convs, strict=True)
     ]
 
 
