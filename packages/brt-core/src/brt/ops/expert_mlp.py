@@ -15,6 +15,7 @@ from brt.errors import RouteError
 from brt.ops.autocast import register_autocast
 from brt.ops.combine import combine
 from brt.ops.dispatch import check_devices, check_rows, dispatch, same_size
+from brt.ops.expert_mlp_training import ExpertMLPFunction, again, suits
 from brt.ops.grouped_linear import ACTIVATIONS, grouped_linear
 from brt.ops.registry import Operator
 
@@ -41,14 +42,16 @@ def expert_mlp(
     """Dispatch, up, activation, down and weighted combine in one operator; ``[N, D]``.
 
     ``activation`` is one of `grouped_linear`'s or "swiglu": ``up`` then has 2H rows, gate first,
-    and the hidden features are ``silu(gate) * up``. While gradients are needed it runs as its
-    parts, which save what their backward needs.
+    and the hidden features are ``silu(gate) * up``. While gradients are needed it keeps what its
+    backward needs: the rows, the hidden features and, for those of weights, the results.
     """
     args = (
         x_ND, cell_R, row_NK, offsets_P1, weight_R, up_PHD, up_bias_PH, down_PDH, down_bias_PD,
     )  # fmt: skip
     _check(*args, activation)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args):
+        if suits((*args, activation)):
+            return ExpertMLPFunction.apply(expert_mlp_parts, *args, activation)  # type: ignore[no-any-return, no-untyped-call]
         return expert_mlp_parts(*args, activation)
     return torch.ops.brt.expert_mlp(*args, activation)
 
@@ -128,23 +131,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
     # The operator called directly under autograd: compute the parts again, then differentiate them
-    inputs: list[Any] = list(ctx.saved_tensors)
-    wanted = [i for i, t in enumerate(inputs) if t is not None and ctx.needs_input_grad[i]]
-    twice = torch.is_grad_enabled()  # these gradients are to be differentiated themselves
-    with torch.enable_grad():
-        for i in wanted:
-            # Apart from what the inputs were computed from, which may be one another
-            again = inputs[i].view_as(inputs[i]) if twice else inputs[i].detach().requires_grad_()
-            inputs[i] = again
-        arguments = [*inputs, ctx.activation]
-        out_ND = expert_mlp_parts(*arguments)
-        found = torch.autograd.grad(
-            out_ND, [inputs[i] for i in wanted], grad_ND, create_graph=twice
-        )
-    grads: list[Tensor | None] = [None] * 10
-    for i, grad in zip(wanted, found, strict=True):
-        grads[i] = grad
-    return tuple(grads)
+    inputs, needs = list(ctx.saved_tensors), ctx.needs_input_grad
+    twice = torch.is_grad_enabled()
+    return again(expert_mlp_parts, inputs, ctx.activation, needs, grad_ND, twice)
 
 
 torch.library.register_autograd("brt::expert_mlp", _backward, setup_context=_setup)

@@ -127,7 +127,7 @@ def _backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor | None, ...]:
     x_RI, offsets_P1, weight_POI, bias_PO = ctx.saved_tensors
     if ctx.activation != "none":
         pre_RO = torch.ops.brt.grouped_linear(x_RI, offsets_P1, weight_POI, bias_PO, "none")
-        grad_RO = _activation_backward(grad_RO, pre_RO, ctx.activation)
+        grad_RO = activation_backward(grad_RO, pre_RO, ctx.activation)
     grad_x = grad_weight = grad_bias = None
     if ctx.needs_input_grad[0]:
         grad_x = torch.ops.brt.grouped_linear(
@@ -141,7 +141,8 @@ def _backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, None, grad_weight, grad_bias, None
 
 
-def _activation_backward(grad: Tensor, pre: Tensor, activation: str) -> Tensor:
+def activation_backward(grad: Tensor, pre: Tensor, activation: str) -> Tensor:
+    """The gradient of what went into an activation; ``pre`` of ReLU may be what came out."""
     aten = torch.ops.aten
     if activation == "relu":
         return aten.threshold_backward(grad, pre, 0)
