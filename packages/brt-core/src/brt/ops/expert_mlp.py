@@ -51,7 +51,7 @@ def expert_mlp(
     _check(*args, activation)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args):
         if suits((*args, activation)):
-            return ExpertMLPFunction.apply(expert_mlp_parts, *args, activation)  # type: ignore[no-any-return, no-untyped-call]
+            return ExpertMLPFunction.apply(expert_mlp_parts, *args, activation)
         return expert_mlp_parts(*args, activation)
     return torch.ops.brt.expert_mlp(*args, activation)
 

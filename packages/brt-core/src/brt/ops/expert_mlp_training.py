@@ -1,6 +1,6 @@
 """`expert_mlp` with gradients, in eager mode: one node of autograd for all of its parts.
 
-The parts on their own record a node each, and each costs as much as the work on a small layer. Under
+The parts on their own record a node each, which costs as much as the work of a small layer. Under
 ``torch.compile`` and other transforms the parts stay, which those see through.
 
 Legend: N cells, R rows, P paths, D model and H hidden features.
@@ -35,7 +35,7 @@ class ExpertMLPFunction(torch.autograd.Function):
         needs_weight = weight_R is not None and weight_R.requires_grad
         ctx.save_for_backward(*args[:-1], rows_RD, pre_RH, out_RD if needs_weight else None)
         ctx.parts, ctx.activation = parts, activation
-        return brt.combine(out_RD, row_NK, cell_R, weight_R)  # type: ignore[no-any-return]
+        return brt.combine(out_RD, row_NK, cell_R, weight_R)
 
     @staticmethod
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
@@ -127,4 +127,4 @@ def _hidden_backward(grad_RH: Tensor, pre_RH: Tensor, activation: str) -> Tensor
 
 def _bias_grad(grad_RO: Tensor, offsets_P1: Tensor) -> Tensor:
     ones_R1 = grad_RO.new_ones((grad_RO.shape[0], 1))
-    return torch.ops.brt.grouped_outer(grad_RO, ones_R1, offsets_P1).squeeze(2)  # type: ignore[no-any-return]
+    return torch.ops.brt.grouped_outer(grad_RO, ones_R1, offsets_P1).squeeze(2)
