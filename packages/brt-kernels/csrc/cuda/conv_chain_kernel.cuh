@@ -275,8 +275,8 @@ __device__ __forceinline__ void finish_apart(const float (&sums)[kTileRows][kTil
           if (image == nullptr) {
             result[(int64_t{c} * height * shuffle + big_y) * (width * shuffle) + big_x] = made.v[j];
           } else {
-            char* to = image + ((c / kUnit<T> * (height * shuffle + 2) + big_y + 1) * (width * shuffle + 2) + big_x + 1) *
-                                   kUnitBytes;
+            const int plane_row = c / kUnit<T> * (height * shuffle + 2) + big_y + 1;
+            char* to = image + (plane_row * (width * shuffle + 2) + big_x + 1) * kUnitBytes;
             reinterpret_cast<T*>(to)[c % kUnit<T>] = made.v[j];
           }
         }

@@ -180,6 +180,8 @@ def _conv2d(device: str) -> Callable[..., float]:
 
 
 _packed_chains = PackedWeights()
+# What CUDA graphs read at every replay, and must therefore outlive the entries above
+_captured_chains: dict[int, Tensor] = {}
 
 
 def _conv_chain(
@@ -192,14 +194,22 @@ def _conv_chain(
 ) -> Tensor:
     ops = torch.ops.brt_kernels
     args = (x_RCHW, offsets_P1, params, steps, step_offsets_P1, scales)
-    extra = (tuple(steps), tuple(step_offsets_P1), ops.use_isa(""))
+    machine: tuple[object, ...] = (ops.use_isa(""),)
+    if x_RCHW.is_cuda:
+        # There the places of images and the scales are packed beside the weights
+        machine = (tuple(scales), x_RCHW.dtype, tuple(x_RCHW.shape[1:]))
+    extra = (tuple(steps), tuple(step_offsets_P1), machine)
     packed = _packed_chains.get(params, extra, lambda: ops.conv_chain_pack(*args))
+    if x_RCHW.is_cuda and torch.cuda.is_current_stream_capturing():
+        _captured_chains[packed.data_ptr()] = packed
     return ops.conv_chain(*args, packed)
 
 
 # What the CUDA kernels leave to others, beside what both refuse.
 MOST_CUDA_PATHS = 4096
 MOST_CUDA_CAPACITIES = 960
+MOST_CUDA_CHAIN_CHANNELS = 256
+MOST_CUDA_CHAIN_PIXELS = 4096
 
 
 def _cuda_route_refuses(*args: Any) -> str | None:
@@ -218,12 +228,24 @@ def _cuda_linear_refuses(x: Tensor, offsets: Tensor, weight: Tensor, *_: Any) ->
     return None if weight.is_contiguous() else "takes a contiguous weight"
 
 
+def _cuda_chain_refuses(
+    x_RCHW: Tensor, offsets: Tensor, params: Sequence[Tensor], steps: Sequence[int], *_: Any
+) -> str | None:
+    if x_RCHW.ndim == 4 and x_RCHW.shape[2] * x_RCHW.shape[3] > MOST_CUDA_CHAIN_PIXELS:
+        return f"takes cells of up to {MOST_CUDA_CHAIN_PIXELS} pixels: one block computes a cell"
+    widest = max((p.shape[1] for p in params if p.ndim == 4), default=0)
+    if widest > MOST_CUDA_CHAIN_CHANNELS:
+        return f"takes convolutions of up to {MOST_CUDA_CHAIN_CHANNELS} channels, not {widest}"
+    return _same(x_RCHW, *params) or _indices(offsets)
+
+
 CUDA_REFUSES: dict[str, Callable[..., str | None]] = {
     "route": _cuda_route_refuses,
     "route_mask": _cuda_route_refuses,
     "grouped_linear": _cuda_linear_refuses,
+    "conv_chain": _cuda_chain_refuses,
 }
-CPU_ONLY = ("grouped_outer", "conv_chain", "grouped_conv2d")
+CPU_ONLY = ("grouped_outer", "grouped_conv2d")
 
 
 def _both(
