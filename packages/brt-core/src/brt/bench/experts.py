@@ -134,19 +134,19 @@ def grouped(
         variants=variants,
         reference=_reference(experts, grad_ND, train),
         tolerance=_TOLERANCE[dtype] * (4 if train else 1),
-        options={
-            "n": n,
-            "p": p,
-            "k": k,
-            "d": d,
-            "h": h,
-            "activation": activation,
-            "skew": skew,
-            "trace": trace,
-            "layer": layer,
-            "train": train,
-            "seed": seed,
-        },  # fmt: skip
+        options=dict(
+            n=n,
+            p=p,
+            k=k,
+            d=d,
+            h=h,
+            activation=activation,
+            skew=skew,
+            trace=trace,
+            layer=layer,
+            train=train,
+            seed=seed,
+        ),
         mode="grad" if train else "inference",
     )
 

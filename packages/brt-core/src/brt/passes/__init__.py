@@ -4,12 +4,23 @@ from brt.passes.base import Call, Context, Left, Lowering, Pass, Record
 from brt.passes.drop_dead_paths import DropDeadPaths
 from brt.passes.fold_permanent_paths import FoldPermanentPaths
 from brt.passes.fuse_conv_chains import FuseConvChains
+from brt.passes.fuse_horizontal import FuseHorizontal
 from brt.passes.match import Scatter, scatters
 
-BUILTIN: tuple[type[Pass], ...] = (DropDeadPaths, FoldPermanentPaths, FuseConvChains)
+BUILTIN: tuple[type[Pass], ...] = (
+    DropDeadPaths,
+    FoldPermanentPaths,
+    FuseConvChains,
+    FuseHorizontal,
+)
 """What brt-core offers through the hook `brt_passes`."""
 
-DEFAULT: tuple[str, ...] = ("fuse-conv-chains", "drop-dead-paths", "fold-permanent-paths")
+DEFAULT: tuple[str, ...] = (
+    "fuse-conv-chains",
+    "fuse-horizontal",
+    "drop-dead-paths",
+    "fold-permanent-paths",
+)
 """What `brt.optimize` runs where no passes are named."""
 
 __all__ = [
@@ -20,6 +31,7 @@ __all__ = [
     "DropDeadPaths",
     "FoldPermanentPaths",
     "FuseConvChains",
+    "FuseHorizontal",
     "Left",
     "Lowering",
     "Pass",

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from brt.conv_steps import ConvStep
+from brt.passes.fusion import NotFusableError
 
 _RELU = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
 _ADD = (operator.add, operator.iadd, torch.add, "add", "add_")
@@ -21,10 +22,6 @@ _MUL = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
 _MAX_REGISTERS = 64
 # In place of the position of a step: no step, and the cell that enters
 _NONE, _ENTRY = -1, -2
-
-
-class NoChainError(Exception):
-    """The branch is not a conv chain; the message says where and why."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +94,7 @@ class Matcher:
             self._close_if_shared(node, inside, result)
         final = self._images.get(result)
         if final is None or final.step != len(self._steps) - 1 or not self._steps:
-            raise NoChainError("its result is not that of its last convolution")
+            raise NotFusableError("its result is not that of its last convolution")
         return self._with_registers()
 
     def _close_if_shared(self, node: fx.Node, inside: set[fx.Node], result: fx.Node) -> None:
@@ -127,17 +124,17 @@ class Matcher:
         if node.target in _MUL:
             return self._scaled(node)
         what = type(module).__name__ if module is not None else str(node.target)
-        raise NoChainError(f"{node.name} is {what}, which no step of a conv chain does")
+        raise NotFusableError(f"{node.name} is {what}, which no step of a conv chain does")
 
     def _read(self, value: Any, node: fx.Node) -> _Image:
         if not isinstance(value, fx.Node) or value not in self._images:
-            raise NoChainError(f"{node.name} reads something other than the branch's images")
+            raise NotFusableError(f"{node.name} reads something other than the branch's images")
         return self._images[value]
 
     def _open(self, image: _Image, node: fx.Node) -> ConvStep:
         """The step of an image that only this node reads: the node may become part of it."""
         if image.step == _ENTRY or image.step in self._closed:
-            raise NoChainError(f"{node.name} follows no convolution of its own")
+            raise NotFusableError(f"{node.name} follows no convolution of its own")
         return self._steps[image.step]
 
     def _change(self, image: _Image, **changes: Any) -> _Image:
@@ -156,7 +153,7 @@ class Matcher:
             or padding != kernel // 2
             or conv.padding_mode != "zeros"
         ):
-            raise NoChainError(f"{node.name} is {conv}, not a 3x3 or 1x1 that keeps the size")
+            raise NotFusableError(f"{node.name} is {conv}, not a 3x3 or 1x1 that keeps the size")
         image = self._read(node.args[0], node)
         position = len(self._steps)
         self._steps.append(
@@ -175,7 +172,7 @@ class Matcher:
         image = self._read(node.args[0], node)
         step = self._open(image, node)
         if step.shuffle != 1 or step.post or step.act:
-            raise NoChainError(f"{node.name} is a second activation")
+            raise NotFusableError(f"{node.name} is a second activation")
         if step.add != _NONE or step.scale != 1.0:
             return self._change(image, post=True)
         return self._change(image, act=1)
@@ -184,25 +181,27 @@ class Matcher:
         image = self._read(node.args[0], node)
         step = self._open(image, node)
         if step.shuffle != 1 or step.post or step.act or step.add != _NONE or step.scale != 1.0:
-            raise NoChainError(f"{node.name} does not follow a plain convolution")
+            raise NotFusableError(f"{node.name} does not follow a plain convolution")
         return self._change(image, act=2, slope=self._params.add(prelu, "weight"))
 
     def _scaled(self, node: fx.Node) -> _Image:
         a, b = node.args[:2]
         image, factor = (a, b) if isinstance(a, fx.Node) else (b, a)
         if not isinstance(factor, (int, float)) or not isinstance(image, fx.Node):
-            raise NoChainError(f"{node.name} multiplies by something other than a number")
+            raise NotFusableError(f"{node.name} multiplies by something other than a number")
         read = self._read(image, node)
         step = self._open(read, node)
         if step.add != _NONE or step.post or step.shuffle != 1:
-            raise NoChainError(f"{node.name} scales after an addition or a shuffle")
+            raise NotFusableError(f"{node.name} scales after an addition or a shuffle")
         return self._change(read, scale=step.scale * float(factor))
 
     def _add(self, node: fx.Node) -> _Image:
         alpha = node.kwargs.get("alpha", 1)
         first, second = (self._read(a, node) for a in node.args[:2])
         if not isinstance(alpha, (int, float)):
-            raise NoChainError(f"{node.name} scales what it adds by something other than a number")
+            raise NotFusableError(
+                f"{node.name} scales what it adds by something other than a number"
+            )
         # The later step takes the addition into itself: what it adds must be there by then
         for image, other, factor in ((second, first, float(alpha)), (first, second, 1.0)):
             if image is first and alpha != 1:
@@ -215,14 +214,14 @@ class Matcher:
             if other.channels not in (None, image.channels) or other.grown != image.grown:
                 continue
             return self._change(image, add=other.step, scale=step.scale * factor)
-        raise NoChainError(f"{node.name} adds images in a way that no step does")
+        raise NotFusableError(f"{node.name} adds images in a way that no step does")
 
     def _shuffled(self, node: fx.Node, factor: int) -> _Image:
         image = self._read(node.args[0], node)
         step = self._open(image, node)
         assert image.channels is not None
         if step.shuffle != 1 or step.add != _NONE or image.channels % factor**2:
-            raise NoChainError(f"{node.name} shuffles what is not a plain convolution")
+            raise NotFusableError(f"{node.name} shuffles what is not a plain convolution")
         self._change(image, shuffle=factor)
         made = _Image(image.step, image.channels // factor**2, image.grown * factor)
         self._results[image.step] = made
@@ -252,7 +251,7 @@ class Matcher:
                 if last_read[dead] == i:
                     free.setdefault(self._shape(dead), []).append(register[dead])
         if num_registers > _MAX_REGISTERS:
-            raise NoChainError(f"it keeps more than {_MAX_REGISTERS} images at a time")
+            raise NotFusableError(f"it keeps more than {_MAX_REGISTERS} images at a time")
         return made
 
     def _shape(self, step: int) -> tuple[int | None, int]:
@@ -262,7 +261,7 @@ class Matcher:
 def _plain(node: fx.Node, position: int, name: str) -> int:
     value = node.args[position] if len(node.args) > position else node.kwargs.get(name)
     if not isinstance(value, int):
-        raise NoChainError(f"{node.name} has a {name} that is not a number")
+        raise NotFusableError(f"{node.name} has a {name} that is not a number")
     return value
 
 
