@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import brt
-from brt_models import patch_sr
+from brt_models import msdnet, patch_sr
 from brt_models.adapters import ADAPTERS
+from brt_models.language_models import MODELS, WORKLOADS
+from brt_models.workloads import msdnet as msdnet_workloads
 from brt_models.workloads import patch_sr as patch_sr_workloads
 
 
@@ -34,6 +36,16 @@ def brt_models() -> Iterable[brt.ModelSpec]:
         cells="a 32x32 patch",
         paper="LiveSR in Brainstorm (OSDI 2023), branches of NAS (OSDI 2018)",
     )
+    yield brt.ModelSpec(
+        name="msdnet",
+        summary="image classifier with early exits; sure images skip the later blocks",
+        factory=msdnet.small,
+        sample=msdnet.sample,
+        title="MSDNet",
+        cells="an image",
+        paper="Huang et al. (ICLR 2018)",
+    )
+    yield from MODELS
 
 
 @brt.hookimpl
@@ -53,6 +65,12 @@ def brt_workloads() -> Iterable[brt.WorkloadSpec]:
         summary="LiveSR's conv branches on one frame, with its published loads",
         factory=patch_sr_workloads.livesr_frame,
     )
+    yield brt.WorkloadSpec(
+        name="msdnet",
+        summary="images leave MSDNet at the exits of a published mix",
+        factory=msdnet_workloads.early_exit,
+    )
+    yield from WORKLOADS
 
 
 def _patch_sr_demo(source: Path | None, out: Path, **options: Any) -> Mapping[str, Any]:

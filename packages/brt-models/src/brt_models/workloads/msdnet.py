@@ -1,0 +1,193 @@
+"""Benchmark of MSDNet: images leave at the exits where they left in Brainstorm's evaluation.
+
+Shape letters: N images, C classes, H height, W width, K exits.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import brt
+from brt.bench import Variant, Workload
+from brt.bench.workload import Kind
+from brt.errors import BrtError
+from brt_models.msdnet import MSDNet, MSDNetConfig, exits_of, thresholds_for_shares
+from brt_models.msdnet.thresholds import taken_exits
+
+# Per cent of images that leave at each exit (Brainstorm's published artefact, figure 20).
+MIXES = (
+    "0/0/0/0/100",
+    "0/0/0/40/60",
+    "0/0/30/30/40",
+    "10/10/20/30/30",
+    "50/20/20/10/0",
+    "50/30/20/0/0",
+    "50/50/0/0/0",
+    "100/0/0/0/0",
+)
+PRESETS: dict[str, tuple[Callable[[], MSDNetConfig], int]] = {
+    "imagenet": (MSDNetConfig.imagenet, 224),
+    "cifar": (MSDNetConfig.cifar, 32),
+}
+NUM_IMAGES = 20
+TOLERANCE = 1e-4  # float32 against float64, through at most a hundred convolutions
+
+
+def early_exit(
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    preset: str = "imagenet",
+    mix: str = "10/10/20/30/30",
+    batch: int = 1,
+) -> Workload:
+    """Random images through a network with random weights, whose thresholds give this mix."""
+    if preset not in PRESETS:
+        raise BrtError(f"msdnet: no preset {preset!r}: {', '.join(PRESETS)}")
+    if batch < 1:
+        raise BrtError(f"msdnet: batch must be at least 1, got {batch}")
+    make, size = PRESETS[preset]
+    return exit_workload(MSDNet(make()).to(device, dtype), size, mix, batch, {"preset": preset})
+
+
+def exit_workload(
+    model: MSDNet, size: int, mix: str, batch: int, options: dict[str, object]
+) -> Workload:
+    """The workload of any MSDNet on images of this size."""
+    first = next(model.parameters())
+    model = model.eval()
+    num_sets = -(-NUM_IMAGES // batch)
+
+    def images() -> list[Tensor]:
+        shape = (batch, 3, size, size)
+        return [torch.randn(shape).to(first.device, first.dtype) for _ in range(num_sets)]
+
+    timed, others = images(), images()
+    logits_KNC = exits_of(model, timed)
+    model.set_thresholds(thresholds_for_shares(parse_mix(mix, len(logits_KNC)), logits_KNC))
+    exit_N = taken_exits(model.thresholds, logits_KNC)
+    load_K = exit_N.bincount(minlength=len(logits_KNC)).tolist()
+    macs_K = model.macs_K(timed[0])
+    flops = 2.0 * sum(load * m for load, m in zip(load_K, macs_K, strict=True)) / num_sets
+
+    def row(kind: Kind, name: str, make: Callable[[], Callable[[Tensor], Tensor]]) -> Variant:
+        return Variant(kind=kind, name=name, make=make, flops=flops)
+
+    def optimised() -> Callable[[Tensor], Tensor]:
+        return brt.optimize(model, brt.profile(model, others), sample=others[0])
+
+    return Workload(
+        name="msdnet",
+        shapes=f"{[batch, 3, size, size]} images, {'/'.join(map(str, load_K))} leave at each exit",
+        device=first.device,
+        dtype=first.dtype,
+        sets=[(x_NCHW,) for x_NCHW in timed],
+        reference=_InDouble(model),
+        tolerance=TOLERANCE if first.dtype == torch.float32 else 3e-2,
+        options={**options, "mix": mix, "batch": batch},
+        variants=[
+            row("eager", "python if", lambda: PythonExit(model)),
+            row("peer", "python if, torch.compile per stage", lambda: PythonExit(model, True)),
+            row("brt", "brt eager", lambda: model),
+            row("brt", "brt optimised", optimised),
+            row("limit", "dense product of as many operations", lambda: _product(first, flops)),
+        ],
+    )
+
+
+def parse_mix(mix: str, num_exits: int) -> list[float]:
+    """ "50/30/20" -> a number for each exit."""
+    try:
+        shares = [float(share) for share in mix.split("/")]
+    except ValueError:
+        shares = []
+    if len(shares) != num_exits or min(shares) < 0 or sum(shares) <= 0:
+        raise BrtError(
+            f"msdnet: mix must be {num_exits} shares like "
+            f"{'/'.join(['20'] * num_exits)}, got {mix!r}; published ones: {', '.join(MIXES)}"
+        )
+    return shares
+
+
+class Stage(nn.Module):
+    """A block with its classifier."""
+
+    def __init__(self, block: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.block, self.head = block, head
+
+    def forward(self, scales: Tensor | Sequence[Tensor]) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Features -> (features, logits [N, C], the largest probability [N])."""
+        made = self.block(scales)
+        logits_NC = self.head(made[-1])
+        return made, logits_NC, logits_NC.softmax(1).amax(1)
+
+
+class PythonExit(nn.Module):
+    """The same network as people write it: a Python `if` behind every stage.
+
+    It shares the modules of the network that it is made of.
+    """
+
+    def __init__(self, model: MSDNet, compiled: bool = False) -> None:
+        super().__init__()
+        self.thresholds = model.thresholds
+        stages = [
+            Stage(block, head) for block, head in zip(model.blocks, model.classifier, strict=True)
+        ]
+        self.stages = nn.ModuleList(stages)
+        self.run: list[Callable[..., tuple[list[Tensor], Tensor, Tensor]]] = [*stages]
+        if compiled:
+            self.run = [torch.compile(stage) for stage in stages]
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """[N, 3, H, W] -> [N, C]."""
+        return self._one(x_NCHW) if len(x_NCHW) == 1 else self._batch(x_NCHW)
+
+    def _one(self, x: Any) -> Tensor:
+        for threshold, stage in zip(self.thresholds, self.run, strict=False):
+            x, logits_NC, sure_N = stage(x)
+            if sure_N.item() >= threshold:
+                return logits_NC
+        return self.run[-1](x)[1]
+
+    def _batch(self, x_NCHW: Tensor) -> Tensor:
+        index_N = torch.arange(len(x_NCHW), device=x_NCHW.device)
+        left, where = [], []
+        x: Any = x_NCHW
+        for threshold, stage in zip(self.thresholds, self.run, strict=False):
+            scales, logits_NC, sure_N = stage(x)
+            out_N = sure_N >= threshold
+            left.append(logits_NC[out_N])
+            where.append(index_N[out_N])
+            x, index_N = [scale[~out_N] for scale in scales], index_N[~out_N]
+            if not len(index_N):
+                break
+        else:
+            left.append(self.run[-1](x)[1])
+            where.append(index_N)
+        order_N = torch.cat(where).argsort()
+        return torch.cat(left)[order_N]
+
+
+class _InDouble(nn.Module):
+    """The reference: the hand-written exits in float64."""
+
+    def __init__(self, model: MSDNet) -> None:
+        super().__init__()
+        self.model = PythonExit(copy.deepcopy(model).double())
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        return self.model(x_NCHW.double())
+
+
+def _product(like: Tensor, flops: float) -> Callable[[Tensor], Tensor]:
+    width = 1024
+    inner = max(1, round(flops / (2 * width**2)))
+    a, b = like.new_ones(width, inner), like.new_ones(inner, width)
+    return lambda x_NCHW: torch.mm(a, b)
