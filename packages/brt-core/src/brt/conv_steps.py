@@ -61,6 +61,25 @@ def flatten_branches(
     return steps, scales, step_offsets_P1
 
 
+@dataclass(frozen=True, eq=False)
+class ConvProgram:
+    """The branches of a chain as the operator takes them, made once for many calls."""
+
+    steps: tuple[int, ...]
+    step_offsets_P1: tuple[int, ...]
+    scales: tuple[float, ...]
+
+    @classmethod
+    def of(cls, branches: Sequence[Sequence[ConvStep]]) -> ConvProgram:
+        """The program of some branches."""
+        steps, scales, step_offsets_P1 = flatten_branches(branches)
+        return cls(tuple(steps), tuple(step_offsets_P1), tuple(scales))
+
+    def arguments(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[float, ...]]:
+        """Steps, step offsets and scales, in the order of the operator."""
+        return self.steps, self.step_offsets_P1, self.scales
+
+
 def unflatten_branch(
     steps: Sequence[int], scales: Sequence[float], first: int, last: int
 ) -> list[ConvStep]:

@@ -27,16 +27,17 @@ class PackedWeights:
 
     def get(self, sources: Sequence[Tensor], extra: Hashable, make: Callable[[], Tensor]) -> Tensor:
         """What ``make()`` returns, or returned for the same sources and ``extra``."""
-        if any(t.is_inference() for t in sources) or torch.compiler.is_compiling():
+        # Lists, not generators: there may be thousands of sources, and this runs in every call
+        if torch.compiler.is_compiling() or any([t.is_inference() for t in sources]):
             return make()
-        state = tuple((t._version, t.data_ptr()) for t in sources)
-        key = (tuple(map(id, sources)), extra)
+        state = ([t._version for t in sources], [t.data_ptr() for t in sources])
+        key = (tuple([id(t) for t in sources]), extra)
         with self._lock:
             found = self._entries.get(key)
             if found is not None:
                 refs, known_state, packed = found
-                alive = all(ref() is t for ref, t in zip(refs, sources, strict=True))
-                if alive and known_state == state:
+                same = [ref() is t for ref, t in zip(refs, sources, strict=True)]
+                if all(same) and known_state == state:
                     self._entries.move_to_end(key)
                     return packed
         packed = make()

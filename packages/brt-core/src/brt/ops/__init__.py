@@ -1,5 +1,6 @@
 """The operators of brt: what graphs contain, and how each call finds its kernel."""
 
+from brt.conv_steps import ConvProgram
 from brt.ops.combine import combine
 from brt.ops.compact import compact
 from brt.ops.conv_chain import conv_chain
@@ -28,6 +29,7 @@ __all__ = [
     "REFERENCE_KERNELS",
     "TORCH_KERNELS",
     "Candidate",
+    "ConvProgram",
     "Explanation",
     "Operator",
     "combine",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from brt.conv_steps import ConvStep, flatten_branches, image_shape, unflatten_branch
+from brt.conv_steps import ConvProgram, ConvStep, image_shape, unflatten_branch
 from brt.ops.registry import Operator
 
 _CONV_CHAIN = Operator(
@@ -30,16 +30,29 @@ def conv_chain(
     x_RCHW: Tensor,
     offsets_P1: Tensor,
     params: Sequence[Tensor],
-    branches: Sequence[Sequence[ConvStep]],
+    branches: Sequence[Sequence[ConvStep]] | ConvProgram,
 ) -> Tensor:
     """Run branch p, a list of steps, on the rows of path p; ``[R, C', H', W']``.
 
     All branches must make images of one shape. Rows past the last offset are zero. Gradients are
     those of the steps, computed again in the backward: between the steps nothing is kept.
     """
-    steps, scales, step_offsets_P1 = flatten_branches(branches)
-    return torch.ops.brt.conv_chain(
-        x_RCHW, offsets_P1, list(params), steps, step_offsets_P1, scales
+    program = branches if isinstance(branches, ConvProgram) else ConvProgram.of(branches)
+    args = (x_RCHW, offsets_P1, list(params), *program.arguments())
+    if _is_watched(x_RCHW, params):
+        return torch.ops.brt.conv_chain(*args)
+    # The dispatcher would copy the lists, of tens of thousands of numbers, at every call
+    return _CONV_CHAIN.run(*args)
+
+
+def _is_watched(x_RCHW: Tensor, params: Sequence[Tensor]) -> bool:
+    """Whether anything but a kernel must see the call: autograd, a compiler, a mode, a subclass."""
+    return (
+        torch.compiler.is_compiling()
+        or (torch.is_grad_enabled() and any(t.requires_grad for t in (x_RCHW, *params)))
+        or type(x_RCHW) is not Tensor
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
     )
 
 

@@ -33,7 +33,9 @@ class Owned:
 
     def get(self) -> Tensor:
         """The parameter that is there now."""
-        return getattr(self.module, self.name)
+        # Thousands of them a call: nn.Module's own look-up takes longer than some kernels
+        found = self.module._parameters.get(self.name)
+        return getattr(self.module, self.name) if found is None else found
 
 
 @dataclass

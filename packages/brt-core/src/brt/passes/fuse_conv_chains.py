@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from brt import ops
-from brt.conv_steps import ConvStep, flatten_branches
+from brt.conv_steps import ConvStep
 from brt.errors import PassError
 from brt.passes.base import Context, Pass
 from brt.passes.conv_matching import Matcher, Params
@@ -64,17 +64,17 @@ class ConvChains(FusedBranches):
         super().__init__()
         self._owned = tuple(params.owned)
         self.branches = tuple(tuple(branch) for branch in branches)
+        self._program = ops.ConvProgram.of(self.branches)
 
     def run(self, rows_RS: Tensor, offsets_P1: Tensor) -> Tensor:
         """`forward`, given only where paths begin."""
         params = [owned.get() for owned in self._owned]
-        return ops.conv_chain(rows_RS, offsets_P1, params, self.branches)
+        return ops.conv_chain(rows_RS, offsets_P1, params, self._program)
 
     def kernel(self, rows_RS: Tensor, offsets_P1: Tensor) -> str | None:
         """Name of the kernel that would run these rows."""
         params = [owned.get() for owned in self._owned]
-        steps, scales, step_offsets = flatten_branches(self.branches)
-        args = (rows_RS, offsets_P1, params, steps, step_offsets, scales)
+        args = (rows_RS, offsets_P1, params, *self._program.arguments())
         return ops.explain("conv_chain", *args).chosen
 
     def example(self) -> tuple[Tensor, Tensor]:
