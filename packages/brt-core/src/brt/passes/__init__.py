@@ -5,6 +5,7 @@ from brt.passes.drop_dead_paths import DropDeadPaths
 from brt.passes.fold_permanent_paths import FoldPermanentPaths
 from brt.passes.fuse_conv_chains import FuseConvChains
 from brt.passes.fuse_horizontal import FuseHorizontal
+from brt.passes.fuse_vertical import FuseVertical
 from brt.passes.match import Scatter, scatters
 
 BUILTIN: tuple[type[Pass], ...] = (
@@ -12,12 +13,14 @@ BUILTIN: tuple[type[Pass], ...] = (
     FoldPermanentPaths,
     FuseConvChains,
     FuseHorizontal,
+    FuseVertical,
 )
 """What brt-core offers through the hook `brt_passes`."""
 
 DEFAULT: tuple[str, ...] = (
     "fuse-conv-chains",
     "fuse-horizontal",
+    "fuse-vertical",
     "drop-dead-paths",
     "fold-permanent-paths",
 )
@@ -32,6 +35,7 @@ __all__ = [
     "FoldPermanentPaths",
     "FuseConvChains",
     "FuseHorizontal",
+    "FuseVertical",
     "Left",
     "Lowering",
     "Pass",

@@ -5,7 +5,6 @@ Legend: P paths, R routed rows, O I output and input features.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -17,6 +16,7 @@ from brt import ops
 from brt.errors import PassError
 from brt.ops.grouped_linear import activate
 from brt.passes.base import Context, Pass
+from brt.passes.derived import DerivedTensors
 from brt.passes.fusion import FusedBranches, Fusion, NotFusableError, Reader
 from brt.passes.match import draws_random, scatters
 from brt.passes.mlp_matching import Level, LevelMatcher
@@ -71,7 +71,7 @@ class GroupedLevels(FusedBranches):
     def __init__(self, branches: Sequence[tuple[Level, ...]]) -> None:
         super().__init__()
         self._levels = tuple(zip(*branches, strict=True))  # levels of all paths
-        self._stacks: dict[tuple[int, str], _Stack] = {}
+        self._derived = DerivedTensors()
 
     def run(self, rows_RS: Tensor, offsets_P1: Tensor) -> Tensor:
         """`forward`, given only where paths begin."""
@@ -102,16 +102,7 @@ class GroupedLevels(FusedBranches):
                 [torch.cat(parts) if len(parts) > 1 else parts[0] for parts in parts_P]
             )
 
-        needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in every)
-        if needs_grad or torch.compiler.is_compiling() or any(t.is_inference() for t in every):
-            return made()
-        state = tuple((t.data_ptr(), t._version) for t in every)
-        found = self._stacks.get((depth, name))
-        if found is None or not found.holds(every, state):
-            with torch.no_grad():
-                found = _Stack([weakref.ref(t) for t in every], state, made().detach())
-            self._stacks[depth, name] = found
-        return found.stacked
+        return self._derived.get((depth, name), every, lambda: (made(),))[0]
 
     def kernel(self, rows_RS: Tensor, offsets_P1: Tensor) -> str | None:
         """Name of the kernel that would run the first level."""
@@ -142,20 +133,6 @@ class GroupedLevels(FusedBranches):
     def extra_repr(self) -> str:
         """Its levels."""
         return ", ".join(str(level_P[0]) for level_P in self._levels)
-
-
-@dataclass(frozen=True, eq=False)
-class _Stack:
-    """Stacked weights, and what they were made of."""
-
-    sources: list[weakref.ref[Tensor]]
-    state: tuple[tuple[int, int], ...]
-    stacked: Tensor
-
-    def holds(self, sources: Sequence[Tensor], state: tuple[tuple[int, int], ...]) -> bool:
-        """Whether these are the same tensors, with the values that they had."""
-        same = all(ref() is source for ref, source in zip(self.sources, sources, strict=True))
-        return same and self.state == state
 
 
 class _LevelReader(Reader):

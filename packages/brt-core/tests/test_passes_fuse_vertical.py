@@ -1,0 +1,204 @@
+"""fuse-vertical: batch norm folded, the same result, and nothing stale."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import brt
+from brt.passes.fuse_vertical import FoldedLayers, FuseVertical, folded
+from brt.protocols import TopK
+
+
+def randomised(module: nn.Module) -> nn.Module:
+    """Batch norms as after training."""
+    for norm in module.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_mean is not None:
+            nn.init.normal_(norm.running_mean)
+            nn.init.uniform_(norm.running_var, 0.2, 2.0)
+            if norm.affine:
+                nn.init.normal_(norm.weight)
+                nn.init.normal_(norm.bias)
+    return module
+
+
+class Opened(nn.Module):
+    """Layers that the tracer sees one by one."""
+
+    def __init__(self, *, use_module: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(4)
+        self.relu = nn.ReLU(inplace=True)
+        self.use_module = use_module
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.conv(x))
+        return self.relu(x) if self.use_module else F.relu(x)
+
+
+class Read(nn.Module):
+    """The convolution is read twice: nothing can be folded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return self.norm(x) + x
+
+
+BRANCHES: dict[str, tuple[Any, int]] = {
+    "sequential": (
+        lambda: nn.Sequential(
+            nn.Conv2d(4, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(),
+            nn.Sequential(nn.Conv2d(6, 4, 1, bias=False), nn.BatchNorm2d(4, affine=False)),
+        ),
+        2,
+    ),
+    "opened": (lambda: Opened(use_module=True), 1),
+    "function": (lambda: Opened(use_module=False), 1),
+    "depthwise": (
+        lambda: nn.Sequential(nn.Conv2d(4, 4, 3, 1, 1, groups=4), nn.BatchNorm2d(4)), 1,
+    ),
+    "circular": (
+        lambda: nn.Sequential(
+            nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"), nn.BatchNorm2d(4)
+        ),
+        1,
+    ),
+    "norm-first": (lambda: nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)), 0),
+    "no-statistics": (
+        lambda: nn.Sequential(
+            nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4, track_running_stats=False)
+        ),
+        0,
+    ),
+    "read": (Read, 0),
+}  # fmt: skip
+
+
+class Routed(nn.Module):
+    def __init__(self, branch: Any) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+        self.gate = nn.Linear(4, 2)
+        self.scatter = brt.ScatterRouter(TopK(1), 2)
+        self.branches = nn.ModuleList(branch() for _ in range(2))
+        self.gather = brt.GatherRouter()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        paths, route = self.scatter(x, self.gate(x.mean((2, 3))).softmax(-1))
+        return self.gather([b(p) for b, p in zip(self.branches, paths, strict=True)], route)
+
+
+def optimised(model: nn.Module, sample: Tensor | None = None) -> Any:
+    return brt.optimize(model, passes=[FuseVertical()], sample=sample)
+
+
+def num_folded(fast: Any) -> int:
+    layers = [m for m in fast.inserted.values() if isinstance(m, FoldedLayers)]
+    return sum(int(layer.extra_repr().split()[0]) for layer in layers)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", BRANCHES)
+def test_the_same_with_fewer_layers(name: str, dtype: torch.dtype) -> None:
+    branch, expected = BRANCHES[name]
+    model = randomised(Routed(branch)).eval().to(dtype)
+    fast = optimised(model, torch.randn(5, 3, 6, 6, dtype=dtype))
+    assert num_folded(fast) == 1 + 2 * expected
+    for num_cells in (0, 1, 7):
+        x = torch.randn(num_cells, 3, 6, 6, dtype=dtype)
+        kept = x.clone()
+        with torch.no_grad():
+            came, wanted = fast(x), model(x)
+        factor = 1 if dtype == torch.float32 else 3000
+        torch.testing.assert_close(came, wanted, rtol=1e-4 * factor, atol=1e-5 * factor)
+        assert torch.equal(x, kept)
+
+
+def test_linear_layers() -> None:
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.ReLU())
+            self.scatter, self.gather = brt.ScatterRouter(TopK(1), 4), brt.GatherRouter()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            paths, route = self.scatter(x, x.softmax(-1))
+            return self.gather(list(paths), route)
+
+    model = randomised(Flat()).eval()
+    fast = optimised(model)
+    assert num_folded(fast) == 1
+    x = torch.randn(6, 5)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_folded_weights_follow_the_model() -> None:
+    model = randomised(Routed(BRANCHES["opened"][0])).eval()
+    fast, x = optimised(model), torch.randn(5, 3, 6, 6)
+    with torch.no_grad():
+        before = fast(x)
+        model.stem[1].running_var.mul_(4)
+        model.branches[0].norm.weight.add_(1)
+        torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(fast(x), before)
+        other = copy.deepcopy(fast)
+        other.get_parameter("stem.0.bias").add_(1)
+        torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
+    assert set(fast.state_dict()) == set(model.state_dict())
+
+
+def test_gradients_are_those_of_the_layers() -> None:
+    model = randomised(Routed(BRANCHES["sequential"][0])).eval()
+    fast, x, found = optimised(model), torch.randn(5, 3, 6, 6), []
+    for module in (fast, model):
+        model.zero_grad()
+        module(x).square().sum().backward()
+        found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert len(found[0]) == len(found[1])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_that_train_keep_their_own_statistics() -> None:
+    model = randomised(Routed(BRANCHES["opened"][0])).eval()
+    fast = optimised(model)
+    model.stem[1].train()
+    fast.stem[1].train()
+    kept = model.stem[1].running_mean.clone()
+    x = torch.randn(5, 3, 6, 6)
+    with torch.no_grad():
+        came = fast(x)
+        model.stem[1].running_mean.copy_(kept)
+        torch.testing.assert_close(came, model(x), rtol=1e-4, atol=1e-5)
+    trained = Routed(BRANCHES["opened"][0]).train()
+    assert num_folded(optimised(trained)) == 0
+
+
+def test_folding_is_exact_in_double() -> None:
+    layer, norm = nn.Conv2d(3, 5, 3).double(), randomised(nn.BatchNorm2d(5)).double().eval()
+    weight, bias = folded(layer, norm)
+    x = torch.randn(2, 3, 7, 7, dtype=torch.float64)
+    torch.testing.assert_close(F.conv2d(x, weight, bias), norm(layer(x)))
+
+
+def test_compiled() -> None:
+    model = randomised(Routed(BRANCHES["sequential"][0])).eval()
+    fast, x = optimised(model), torch.randn(5, 3, 6, 6)
+    with torch.no_grad():
+        compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+        model.stem[0].weight.mul_(2)
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
