@@ -19,6 +19,8 @@ def ranks_of() -> Iterator[Callable[[int], Ranks]]:
     worlds: dict[int, Ranks] = {}
 
     def get(num_ranks: int) -> Ranks:
+        if num_ranks in worlds and worlds[num_ranks].is_broken:
+            worlds.pop(num_ranks).close()
         if num_ranks not in worlds:
             worlds[num_ranks] = Ranks(num_ranks)
         return worlds[num_ranks]

@@ -3,13 +3,30 @@
 from brt_dist import reference
 from brt_dist.errors import ExchangeError, ParallelError
 from brt_dist.exchange import Exchange, Handle, reverse_all_to_all, sparse_all_to_all
+from brt_dist.experts import ExpertParallel, ParallelExpertRouter
+from brt_dist.hierarchical import (
+    Hosts,
+    TwoHops,
+    hierarchical_all_to_all,
+    reverse_hierarchical_all_to_all,
+)
+from brt_dist.spread import Spread
+from brt_dist.transport import Transport
 
 __all__ = [
     "Exchange",
     "ExchangeError",
+    "ExpertParallel",
     "Handle",
+    "Hosts",
     "ParallelError",
+    "ParallelExpertRouter",
+    "Spread",
+    "Transport",
+    "TwoHops",
+    "hierarchical_all_to_all",
     "reference",
     "reverse_all_to_all",
+    "reverse_hierarchical_all_to_all",
     "sparse_all_to_all",
 ]

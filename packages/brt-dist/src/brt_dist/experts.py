@@ -1,0 +1,289 @@
+"""Stacked experts of which each rank holds some.
+
+Legend: N cells, P experts, K choices per cell, R routed rows, W ranks, G experts on a rank at most,
+D model and H hidden features (up has 2H rows where it is gated).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from brt import Decision, Route, RouteError, Router, ops
+from brt.ops.grouped_linear import activate
+from brt.route import make_route
+from brt_dist.agree import telling
+from brt_dist.errors import ParallelError
+from brt_dist.exchange import Exchange, exchange_counts, reverse_all_to_all, start
+from brt_dist.groups import Group
+from brt_dist.hierarchical import hierarchical_all_to_all, reverse_hierarchical_all_to_all
+from brt_dist.replicated import add_up, gather_cells
+from brt_dist.spread import Spread
+from brt_dist.transport import Transport
+
+Activation = str | Callable[[Tensor], Tensor]
+_DEFAULT = Transport()
+
+
+@dataclass(frozen=True, eq=False)
+class _Weights:
+    """The experts of this rank, as `brt.ExpertRouter` takes them."""
+
+    up_PHD: Tensor
+    up_bias_PH: Tensor | None
+    down_PDH: Tensor
+    down_bias_PD: Tensor | None
+    activation: Activation
+
+    def run(self, rows_RD: Tensor, load_G: Tensor) -> Tensor:
+        """What the experts make of rows that lie by expert."""
+        num_held = self.up_PHD.shape[0]
+        if num_held == 0:
+            # Of no rows, the same as on other ranks: shape, dtype under autocast, a backward
+            return self._of_one().run(rows_RD, load_G.new_zeros(1))
+        offsets = F.pad(load_G[:num_held].cumsum(0), (1, 0)).to(rows_RD.device)
+        name = self.activation if isinstance(self.activation, str) else "none"
+        fused = "none" if name == "swiglu" else name
+        hidden_RH = ops.grouped_linear(rows_RD, offsets, self.up_PHD, self.up_bias_PH, fused)
+        if name == "swiglu":
+            gate_RH, up_RH = hidden_RH.chunk(2, 1)
+            hidden_RH = activate(gate_RH, "silu") * up_RH
+        elif not isinstance(self.activation, str):
+            hidden_RH = self.activation(hidden_RH)
+        return ops.grouped_linear(hidden_RH, offsets, self.down_PDH, self.down_bias_PD)
+
+    def _of_one(self) -> _Weights:
+        def one(stacked: Tensor | None) -> Tensor | None:
+            if stacked is None:
+                return None
+            # Not zeros alone, so that the gradient of the empty parameter is empty, not None
+            return torch.cat([stacked, stacked.new_zeros(1, *stacked.shape[1:])])
+
+        up, down = one(self.up_PHD), one(self.down_PDH)
+        assert up is not None
+        assert down is not None
+        return _Weights(up, one(self.up_bias_PH), down, one(self.down_bias_PD), self.activation)
+
+
+class ParallelExpertRouter(Router):
+    """`brt.ExpertRouter` where the experts are spread over ranks. Every rank must call it.
+
+    ``forward`` takes what `brt.ExpertRouter` does; of stacked weights it takes those of this rank's
+    experts (ascending), or all, of which it then uses its own.
+
+    Args:
+        spread: which rank holds which expert.
+        transport: how cells travel.
+    """
+
+    def __init__(self, spread: Spread, transport: Transport = _DEFAULT) -> None:
+        super().__init__()
+        self.num_paths = spread.num_experts
+        self.spread = spread
+        self.transport = transport
+
+    def forward(
+        self,
+        x_ND: Tensor,
+        choice_NK: Tensor,
+        weight_NK: Tensor | None,
+        up_PHD: Tensor,
+        down_PDH: Tensor,
+        *,
+        up_bias_PH: Tensor | None = None,
+        down_bias_PD: Tensor | None = None,
+        activation: Activation = "swiglu",
+    ) -> Tensor:
+        """``[N, D]`` -> ``[N, D]`` for the cells of this rank."""
+        with telling("ParallelExpertRouter", self.spread.group):
+            weights = _Weights(
+                self._own("up", up_PHD),
+                None if up_bias_PH is None else self._own("up_bias", up_bias_PH),
+                self._own("down", down_PDH),
+                None if down_bias_PD is None else self._own("down_bias", down_bias_PD),
+                activation,
+            )
+            decision = Decision(self.num_paths, choice_NK=choice_NK, weight=weight_NK)
+            if self._observers:
+                self._observe(make_route(decision, x_ND.shape[0]), choice_NK)
+            ops.same_size("ParallelExpertRouter: cells and choices", *_sizes(x_ND, choice_NK))
+            if not self.transport.replicated:
+                chunks = [self._chunk(*part) for part in self._parts(x_ND, choice_NK, weight_NK)]
+        if self.transport.replicated:
+            return self._replicated(x_ND, choice_NK, weight_NK, weights)
+        if self.transport.hosts is not None:
+            return self._by_hosts(*chunks[0], weights)
+        return self._overlapped(chunks, weights)
+
+    def _own(self, what: str, stacked: Tensor) -> Tensor:
+        """The part of a stacked weight that is for this rank's experts."""
+        held = self.spread.held
+        if stacked.shape[0] == len(held):
+            return stacked
+        if stacked.shape[0] == self.num_paths:
+            return stacked[list(held)]
+        raise ParallelError(
+            f"ParallelExpertRouter: {what} must hold this rank's {len(held)} experts or all "
+            f"{self.num_paths}, got {list(stacked.shape)}"
+        )
+
+    def _parts(
+        self, x_ND: Tensor, choice_NK: Tensor, weight_NK: Tensor | None
+    ) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+        degree = self.transport.degree
+        if degree == 1:
+            return [(x_ND, choice_NK, weight_NK)]
+        weights: Sequence[Tensor | None] = [None] * degree
+        if weight_NK is not None:
+            weights = weight_NK.tensor_split(degree)
+        return list(
+            zip(x_ND.tensor_split(degree), choice_NK.tensor_split(degree), weights, strict=True)
+        )
+
+    def _chunk(
+        self, x_ND: Tensor, choice_NK: Tensor, weight_NK: Tensor | None
+    ) -> tuple[Tensor, Route, Tensor]:
+        """(rows by rank and expert, how they were laid out, counts of an exchange)."""
+        num_slots = len(self.spread.held_W) * self.spread.num_slots
+        slot_NK = _renumber(choice_NK, self.spread.slot_P)
+        decision = Decision(num_slots, choice_NK=slot_NK, weight=weight_NK)
+        route = make_route(decision, x_ND.shape[0]).with_sizes()
+        rows_RD = ops.dispatch(x_ND, route.cell_R, route.row_NK)
+        counts_WG = torch.tensor(route.sizes).view(-1, self.spread.num_slots)
+        return rows_RD, route, counts_WG
+
+    def _overlapped(
+        self, chunks: Sequence[tuple[Tensor, Route, Tensor]], weights: _Weights
+    ) -> Tensor:
+        """Every chunk leaves at once; experts work on one while others are on their way."""
+        counts = [counts_WG for _, _, counts_WG in chunks]
+        note = f" for {self.spread}"
+        exchanges, grad_flows = exchange_counts([chunks[0][0]], counts, self.spread.group, note)
+        arriving = [
+            start(rows_RD, exchange, grad_flows)
+            for (rows_RD, _, _), exchange in zip(chunks, exchanges, strict=True)
+        ]
+        returning = [
+            _send_back(weights.run(finish(), exchange.load_G), exchange)
+            for finish, exchange in zip(arriving, exchanges, strict=True)
+        ]
+        outs = [
+            _combine(finish(), route)
+            for finish, (_, route, _) in zip(returning, chunks, strict=True)
+        ]
+        return torch.cat(outs) if len(outs) > 1 else outs[0]
+
+    def _by_hosts(
+        self, rows_RD: Tensor, route: Route, counts_WG: Tensor, weights: _Weights
+    ) -> Tensor:
+        hosts = self.transport.hosts
+        assert hosts is not None
+        rows_RD, hops = hierarchical_all_to_all(rows_RD, counts_WG, hosts)
+        rows_RD = reverse_hierarchical_all_to_all(weights.run(rows_RD, hops.load_G), hops)
+        return _combine(rows_RD, route)
+
+    def _replicated(
+        self, x_ND: Tensor, choice_NK: Tensor, weight_NK: Tensor | None, weights: _Weights
+    ) -> Tensor:
+        group, held = self.spread.group, self.spread.held
+        flows = [x_ND, choice_NK] if weight_NK is None else [x_ND, choice_NK, weight_NK]
+        gathered = gather_cells(flows, (0, -1, 0)[: len(flows)], group, f" for {self.spread}")
+        own_P = torch.full((self.num_paths,), -1)
+        own_P[list(held)] = torch.arange(len(held))
+        own_NK = _renumber(gathered[1], own_P)
+        weight = gathered[2] if len(gathered) > 2 else None
+        decision = Decision(max(len(held), 1), choice_NK=own_NK, weight=weight)
+        route = make_route(decision, own_NK.shape[0]).with_sizes()
+        rows_RD = ops.dispatch(gathered[0], route.cell_R, route.row_NK)
+        out = _combine(weights.run(rows_RD, torch.tensor(route.sizes)), route)
+        return add_up(out, x_ND.shape[0], group)
+
+    def extra_repr(self) -> str:
+        """Where the experts are, and how cells travel."""
+        return f"{self.spread}, {self.transport}"
+
+
+class ExpertParallel(nn.Module):
+    """A sparse MLP whose experts are spread over the ranks of a group; every rank must call it.
+
+    ``forward(x_ND, choice_NK, weight_NK)`` takes the cells of this rank with the choices and
+    weights of their gate, and gives ``[N, D]``: what `brt.ExpertRouter` with all experts would. The
+    gradients of the experts are those of all ranks' cells, so of the sum of the ranks' losses.
+
+    Args:
+        up_PHD, down_PDH, up_bias_PH, down_bias_PD: the weights of all experts, alike on every rank;
+            the module keeps its own.
+        activation: as `brt.ExpertRouter` takes it.
+        placement: for each expert the rank of the group that holds it; None = equal blocks.
+        group: None = all ranks.
+        transport: how cells travel.
+    """
+
+    up_bias: nn.Parameter | None
+    down_bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        up_PHD: Tensor,
+        down_PDH: Tensor,
+        *,
+        up_bias_PH: Tensor | None = None,
+        down_bias_PD: Tensor | None = None,
+        activation: Activation = "swiglu",
+        placement: Sequence[int] | None = None,
+        group: Group | None = None,
+        transport: Transport = _DEFAULT,
+    ) -> None:
+        super().__init__()
+        spread = Spread.of(up_PHD.shape[0], group, placement)
+        self.router = ParallelExpertRouter(spread, transport)
+        self.activation = activation
+        self.up, self.down = share_of(up_PHD, spread), share_of(down_PDH, spread)
+        self.up_bias = None if up_bias_PH is None else share_of(up_bias_PH, spread)
+        self.down_bias = None if down_bias_PD is None else share_of(down_bias_PD, spread)
+
+    def forward(self, x_ND: Tensor, choice_NK: Tensor, weight_NK: Tensor | None = None) -> Tensor:
+        """``[N, D]`` -> ``[N, D]`` for the cells of this rank."""
+        out_ND: Tensor = self.router(
+            x_ND, choice_NK, weight_NK, self.up, self.down, up_bias_PH=self.up_bias,
+            down_bias_PD=self.down_bias, activation=self.activation,
+        )  # fmt: skip
+        return out_ND
+
+
+def share_of(stacked: Tensor, spread: Spread) -> nn.Parameter:
+    """A parameter of this rank's experts."""
+    if stacked.shape[0] != spread.num_experts:
+        raise ParallelError(
+            f"stacked weights must hold {spread.num_experts} experts, got {list(stacked.shape)}"
+        )
+    own = stacked.detach()[list(spread.held)].clone()
+    wants = stacked.requires_grad or not isinstance(stacked, nn.Parameter)
+    return nn.Parameter(own, requires_grad=wants)
+
+
+def _sizes(x_ND: Tensor, choice_NK: Tensor) -> tuple[int, int]:
+    return x_ND.shape[0], choice_NK.shape[0]
+
+
+def _renumber(choice_NK: Tensor, number_P: Tensor) -> Tensor:
+    """Choices by another numbering of the paths; -1 stays."""
+    if choice_NK.numel() and int(choice_NK.max()) >= number_P.shape[0]:
+        raise RouteError(
+            f"a choice must be a path in range({number_P.shape[0]}) or -1, got "
+            f"{int(choice_NK.max())}"
+        )
+    numbers_NK = number_P.to(choice_NK.device)[choice_NK.clamp(min=0)]
+    return torch.where(choice_NK < 0, choice_NK, numbers_NK)
+
+
+def _send_back(rows_RD: Tensor, exchange: Exchange) -> Callable[[], Tensor]:
+    return reverse_all_to_all(rows_RD, exchange, async_op=True).wait
+
+
+def _combine(rows_RD: Tensor, route: Route) -> Tensor:
+    return ops.combine(rows_RD, route.row_NK, route.cell_R, route.weight_R)

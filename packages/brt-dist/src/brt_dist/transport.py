@@ -1,0 +1,34 @@
+"""How the cells of a layer travel to experts on other ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from brt_dist.errors import ParallelError
+from brt_dist.hierarchical import Hosts
+
+
+@dataclass(frozen=True)
+class Transport:
+    """The choices there are; each gives the same result.
+
+    Attributes:
+        degree: parts that the cells are cut into, so that the exchange of one overlaps with the
+            experts' work on another. 1 = no overlap.
+        hosts: exchange within hosts first, then between them; None = straight.
+        replicated: gather all cells on all ranks instead of exchanging rows; for small batches.
+    """
+
+    degree: int = 1
+    hosts: Hosts | None = None
+    replicated: bool = False
+
+    def __post_init__(self) -> None:
+        """Check that the choices go together."""
+        if self.degree < 1:
+            raise ParallelError(f"Transport: degree must be at least 1, got {self.degree}")
+        if (self.degree > 1) + (self.hosts is not None) + self.replicated > 1:
+            raise ParallelError(
+                f"Transport: choose one of degree={self.degree}, hosts and replicated="
+                f"{self.replicated}"
+            )

@@ -1,0 +1,96 @@
+"""A layer of stacked experts on 1 to 4 ranks equals the layer in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+
+import layer_cases as cases
+import pytest
+import torch
+from layer_cases import Layer
+from ranks import Ranks
+
+import brt_dist
+
+pytestmark = pytest.mark.dist
+
+LAYERS = {
+    "plain": Layer(),
+    "more experts than divide": Layer(num_experts=5, seed=1),
+    "fewer experts than ranks": Layer(num_experts=2, seed=2),
+    "one expert": Layer(num_experts=1, top_k=1, seed=3),
+    "one cell": Layer(sizes=(1, 0, 0, 0), seed=4),
+    "no cells": Layer(sizes=(0, 0, 0, 0), seed=5),
+    "skewed": Layer(skewed=True, num_experts=7, sizes=(9, 1, 8, 3), seed=6),
+    "no bias, gelu": Layer(bias=False, gated=False, seed=7),
+    "no weights": Layer(weighted=False, seed=8),
+}
+TRANSPORTS = ("plain", "overlap3", "replicated")
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("name", LAYERS)
+def test_equals_one_process(name: str, transport: str, ranks: Ranks) -> None:
+    ranks.run(cases.equals_one_process, LAYERS[name], transport, None, False)
+
+
+@pytest.mark.parametrize("name", ["plain", "skewed"])
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_hosts_equal_one_process(name: str, hosts: int, ranks_of: Callable[[int], Ranks]) -> None:
+    ranks_of(4).run(cases.equals_one_process, LAYERS[name], f"hosts{hosts}", None, False)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_any_placement(transport: str, ranks: Ranks) -> None:
+    made = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        placement = tuple(torch.randint(0, ranks.num_ranks, (7,), generator=made).tolist())
+        ranks.run(cases.equals_one_process, LAYERS["skewed"], transport, placement, True)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_autocast(transport: str, ranks: Ranks) -> None:
+    ranks.run(cases.in_bfloat16, transport)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_only_experts_have_gradients(transport: str, ranks: Ranks) -> None:
+    ranks.run(cases.frozen_gate_and_cells, transport)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("choice", r"on rank 1: a choice must be a path in range(4) or -1, got 9"),
+        ("cells", "on rank 1: ParallelExpertRouter: cells and choices"),
+        ("experts", "rank 1 sends rows of float32 [5] for 3 experts on 3 ranks"),
+        ("placement", "rank 1 sends rows of float32 [5] for 4 experts on 3 ranks (placement"),
+        ("dtype", "rank 1 sends rows of float64 [5]"),
+    ],
+)
+def test_what_is_wrong_on_one_rank_is_an_error_on_all(
+    wrong: str, message: str, ranks_of: Callable[[int], Ranks]
+) -> None:
+    for error in ranks_of(3).run(cases.wrong_layer, wrong):
+        assert message in error, error
+
+
+@pytest.mark.parametrize("ranks_per_host", [1, 2, 4])
+def test_hierarchical_equals_flat(ranks_per_host: int, ranks_of: Callable[[int], Ranks]) -> None:
+    for seed in range(4):
+        ranks_of(4).run(cases.hierarchical_equals_flat, ranks_per_host, seed)
+
+
+def test_wrong_hosts(ranks_of: Callable[[int], Ranks]) -> None:
+    for of_three, of_counts in ranks_of(4).run(cases.wrong_hosts):
+        assert "4 ranks do not make hosts of 3 ranks" in of_three
+        assert "on rank 3: counts sum to 16, but there are 8 rows" in of_counts
+
+
+def test_transport_takes_one_choice() -> None:
+    with pytest.raises(brt_dist.ParallelError, match="degree must be at least 1, got 0"):
+        brt_dist.Transport(degree=0)
+    with pytest.raises(brt_dist.ParallelError, match="choose one of degree=2"):
+        brt_dist.Transport(degree=2, replicated=True)
+    assert asdict(brt_dist.Transport()) == {"degree": 1, "hosts": None, "replicated": False}
