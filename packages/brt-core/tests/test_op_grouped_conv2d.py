@@ -206,10 +206,17 @@ def test_opcheck(name: str, device: torch.device) -> None:
         torch.library.opcheck(torch.ops.brt.grouped_conv2d, flat(call))
 
 
+@pytest.fixture
+def _compiled_often() -> Iterator[None]:
+    """All cases count as compilations of one function."""
+    with torch._dynamo.config.patch(recompile_limit=64):
+        yield
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("activation", ["none", "silu", "prelu"])
+@pytest.mark.usefixtures("_compiled_often")
 def test_compiles(activation: str, dynamic: bool, device: torch.device) -> None:
-    torch._dynamo.reset()  # the cases count as one function, which may be compiled so many times
     call = Call("mixed", activation, torch.float32, device)
 
     @torch.compile(fullgraph=True, dynamic=dynamic, backend="aot_eager")

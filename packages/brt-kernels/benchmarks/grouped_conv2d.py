@@ -115,7 +115,7 @@ def main() -> None:
     torch.backends.cudnn.benchmark = True
     name = torch.cuda.get_device_name() if device.type == "cuda" else ""
     sys.stdout.write(f"{torch.__version__} {device} {name}\n")
-    dtypes = (torch.float32, torch.bfloat16)
+    dtypes = (torch.bfloat16, torch.float32)
     for dtype in dtypes:
         for name, cases in WORKLOADS.items():
             call = call_of(cases, "relu").mapped(lambda t, d=dtype: t.to(device, d))
