@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import brt
-from brt_models import msdnet, patch_sr
+from brt_models import dynamic_routing, msdnet, patch_sr
 from brt_models.adapters import ADAPTERS
-from brt_models.language_models import MODELS, WORKLOADS
+from brt_models.language_models import MODELS, PROTOCOLS, WORKLOADS
+from brt_models.workloads import dynamic_routing as dynamic_routing_workloads
 from brt_models.workloads import msdnet as msdnet_workloads
 from brt_models.workloads import patch_sr as patch_sr_workloads
 
@@ -45,7 +46,21 @@ def brt_models() -> Iterable[brt.ModelSpec]:
         cells="an image",
         paper="Huang et al. (ICLR 2018)",
     )
+    yield brt.ModelSpec(
+        name="dynamic-routing",
+        summary="segmentation; each image finds its own way through layers and scales",
+        factory=dynamic_routing.small,
+        sample=dynamic_routing.sample,
+        title="Dynamic Routing",
+        cells="an image",
+        paper="Li et al. (CVPR 2020)",
+    )
     yield from MODELS
+
+
+@brt.hookimpl
+def brt_protocols() -> Iterable[brt.ProtocolSpec]:
+    yield from PROTOCOLS
 
 
 @brt.hookimpl
@@ -69,6 +84,11 @@ def brt_workloads() -> Iterable[brt.WorkloadSpec]:
         name="msdnet",
         summary="images leave MSDNet at the exits of a published mix",
         factory=msdnet_workloads.early_exit,
+    )
+    yield brt.WorkloadSpec(
+        name="dynamic-routing",
+        summary="street scenes of noise through a segmentation network of random gates",
+        factory=dynamic_routing_workloads.segment,
     )
     yield from WORKLOADS
 

@@ -68,7 +68,12 @@ def assign(model: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype, 
     Raises with everything that does not fit: what is missing, what is too much, other shapes and
     dtypes.
     """
-    wanted = model.state_dict()
+    check_fit(what, model.state_dict(), tensors)
+    model.load_state_dict({k: v.to(dtype) for k, v in tensors.items()}, assign=True)
+
+
+def check_fit(what: str, wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Raise unless ``tensors`` are the ones wanted, by name and shape, of floats."""
     complaints = [f"missing: {name} {list(wanted[name].shape)}" for name in sorted(wanted)
                   if name not in tensors]  # fmt: skip
     complaints += [f"not of this model: {name}" for name in sorted(tensors) if name not in wanted]
@@ -81,7 +86,6 @@ def assign(model: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype, 
         if found.dtype not in _DTYPES:
             complaints.append(f"{name} is {found.dtype}, which cannot be read as floats")
     refuse(what, complaints)
-    model.load_state_dict({k: v.to(dtype) for k, v in tensors.items()}, assign=True)
 
 
 def refuse(what: str, complaints: Iterable[str]) -> None:

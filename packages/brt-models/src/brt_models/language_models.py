@@ -3,8 +3,24 @@
 from __future__ import annotations
 
 import brt
-from brt_models import switch
+from brt_models import sparse_decoder, switch
+from brt_models.sparse_decoder import SparseBlockConfig
+from brt_models.workloads import sparse_decoder as sparse_decoder_workloads
 from brt_models.workloads import switch as switch_workloads
+
+
+def _sparse_block(family: str, what: str, paper: str) -> brt.ModelSpec:
+    make = getattr(SparseBlockConfig, family.replace("-", "_"))
+    return brt.ModelSpec(
+        name=f"{family}-block",
+        summary=f"sparse block of a decoder: {what}; narrow, random weights",
+        factory=lambda **sizes: sparse_decoder.SparseBlock(make(**sizes)).eval(),
+        sample=sparse_decoder.sample,
+        title=f"Sparse block, {family}",
+        cells="a token",
+        paper=paper,
+    )
+
 
 MODELS = (
     brt.ModelSpec(
@@ -17,12 +33,32 @@ MODELS = (
         paper="Fedus et al. 2021, Switch Transformers, arXiv:2101.03961",
         checkpoints=("huggingface",),
     ),
+    _sparse_block("mixtral", "2 of 8 experts, weights that sum to 1", "Mixtral, arXiv:2401.04088"),
+    _sparse_block("qwen3-moe", "4 of 16 small experts", "Qwen3, arXiv:2505.09388"),
+    _sparse_block(
+        "deepseek-v2",
+        "4 of 16 small experts in 4 groups, and shared ones",
+        "DeepSeek-V2, arXiv:2405.04434",
+    ),
+    _sparse_block(
+        "deepseek-v3",
+        "4 of 16 small experts in 4 groups by biased scores, and a shared one",
+        "DeepSeek-V3, arXiv:2412.19437",
+    ),
+    _sparse_block("gpt-oss", "4 of 8 experts with a clamped activation", "arXiv:2508.10925"),
 )
+
+PROTOCOLS = (brt.ProtocolSpec.of(sparse_decoder.GroupLimitedTopK),)
 
 WORKLOADS = (
     brt.WorkloadSpec(
         name="switch-layer",
         summary="one sparse layer of a Switch Transformer",
         factory=switch_workloads.sparse_layer,
+    ),
+    brt.WorkloadSpec(
+        name="sparse-block",
+        summary="one sparse block of Mixtral, Qwen3-MoE, DeepSeek-V2/V3 or gpt-oss",
+        factory=sparse_decoder_workloads.sparse_block,
     ),
 )
