@@ -45,6 +45,50 @@ __device__ inline void load_units(unsigned (&r)[4], unsigned shared) {
 
 __device__ inline unsigned load_word(const char* p) { return *reinterpret_cast<const unsigned*>(p); }
 
+// Two neighbouring channels in shared memory, through addresses of 32 bits. A ReLU keeps NaN.
+template <class T>
+struct SharedPair;
+
+template <>
+struct SharedPair<float> {
+  static __device__ __forceinline__ float2 load(unsigned at) {
+    float2 v;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];\n" : "=f"(v.x), "=f"(v.y) : "r"(at));
+    return v;
+  }
+  template <bool kRelu>
+  static __device__ __forceinline__ void store(unsigned at, float x, float y) {
+    if (kRelu) {
+      asm("max.NaN.f32 %0, %0, 0f00000000;\n" : "+f"(x));
+      asm("max.NaN.f32 %0, %0, 0f00000000;\n" : "+f"(y));
+    }
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};\n" ::"r"(at), "f"(x), "f"(y));
+  }
+};
+
+#define BRT_SHARED_PAIR(T, name)                                                                            \
+  template <>                                                                                               \
+  struct SharedPair<T> {                                                                                    \
+    static __device__ __forceinline__ float2 load(unsigned at) {                                            \
+      Pack<T, 2> v;                                                                                         \
+      asm volatile("ld.shared.b32 %0, [%1];\n" : "=r"(reinterpret_cast<unsigned&>(v)) : "r"(at));           \
+      return make_float2(to_float(v.v[0]), to_float(v.v[1]));                                               \
+    }                                                                                                       \
+    template <bool kRelu>                                                                                   \
+    static __device__ __forceinline__ void store(unsigned at, float x, float y) {                           \
+      unsigned both;                                                                                        \
+      if (kRelu) {                                                                                          \
+        asm("cvt.rn.relu." name "x2.f32 %0, %1, %2;\n" : "=r"(both) : "f"(y), "f"(x));                      \
+      } else {                                                                                              \
+        asm("cvt.rn." name "x2.f32 %0, %1, %2;\n" : "=r"(both) : "f"(y), "f"(x));                           \
+      }                                                                                                     \
+      asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(at), "r"(both));                                       \
+    }                                                                                                       \
+  };
+BRT_SHARED_PAIR(__half, "f16")
+BRT_SHARED_PAIR(__nv_bfloat16, "bf16")
+#undef BRT_SHARED_PAIR
+
 // ---- Products: 16 pixels and two taps (kBoth; else one) by 8 channels ----
 
 #define BRT_MMA_BOTH(shape, types)                                                                               \
@@ -104,18 +148,25 @@ struct Factor<float, kWords> {
   }
 };
 
-template <class T, bool kBoth>
-__device__ __forceinline__ void multiply_add(float (&sums)[4], const Factor<T, 4>& a, const Factor<T, 2>& b) {
-  if constexpr (std::is_same_v<T, float>) {
-    const float zero[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    float part[4], next[4];
-    product<T, kBoth>(part, a.low, b.word, zero);
-    product<T, kBoth>(next, a.word, b.low, part);
-    product<T, kBoth>(part, a.word, b.word, next);
+// One row of float32: small products first, in tensor cores from zero, then to the sums.
+template <int kKernel, int kTiles, bool kBoth>
+__device__ __forceinline__ void multiply_row(float (&sums)[kTiles][4], const Factor<float, 4> (&a)[kKernel],
+                                             const Factor<float, 2> (&b)[kKernel][kTiles], int first) {
+  float part[kTiles][4] = {};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) sums[i] += part[i];
-  } else {
-    product<T, kBoth>(sums, a.word, b.word, sums);
+  for (int step = 0; step < 3 * kKernel; ++step) {
+    const int ky = step % kKernel;
+    const Factor<float, 4>& row = a[(first + ky) % kKernel];
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      product<float, kBoth>(part[n], step < kKernel ? row.low : row.word,
+                            step / kKernel == 1 ? b[ky][n].low : b[ky][n].word, part[n]);
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sums[n][i] += part[n][i];
   }
 }
 
@@ -156,23 +207,30 @@ __device__ __forceinline__ void convolve(float (&sums)[kTileRows][kTiles][4], co
         b[ky][n].split();
       }
     }
+    Factor<T, 4> a[kKernel];  // the rows that an output row reads
 #pragma unroll
     for (int r = 0; r < kInRows; ++r) {
-      Factor<T, 4> a;
+      unsigned(&word)[4] = a[r % kKernel].word;
       if constexpr (kScratch) {
-        a.word[0] = load_word(first + rows[r] + tap.x);
-        a.word[1] = load_word(second + rows[r] + tap.x);
-        a.word[2] = load_word(first + rows[r] + tap.y);
-        a.word[3] = load_word(second + rows[r] + tap.y);
+        word[0] = load_word(first + rows[r] + tap.x);
+        word[1] = load_word(second + rows[r] + tap.x);
+        word[2] = load_word(first + rows[r] + tap.y);
+        word[3] = load_word(second + rows[r] + tap.y);
       } else {
-        load_units(a.word, matrix + rows[r] + (lane < 16 ? tap.x : tap.y));
+        load_units(word, matrix + rows[r] + (lane < 16 ? tap.x : tap.y));
       }
-      a.split();
+      a[r % kKernel].split();
+      if constexpr (std::is_same_v<T, float>) {
+        if (r >= kKernel - 1) multiply_row<kKernel, kTiles, kBoth>(sums[r - kKernel + 1], a, b, r - kKernel + 1);
+      } else {
 #pragma unroll
-      for (int ky = 0; ky < kKernel; ++ky) {
-        if (r - ky < 0 || r - ky >= kTileRows) continue;
+        for (int ky = 0; ky < kKernel; ++ky) {
+          if (r - ky < 0 || r - ky >= kTileRows) continue;
 #pragma unroll
-        for (int n = 0; n < kTiles; ++n) multiply_add<T, kBoth>(sums[r - ky][n], a, b[ky][n]);
+          for (int n = 0; n < kTiles; ++n) {
+            product<T, kBoth>(sums[r - ky][n], a[r % kKernel].word, b[ky][n].word, sums[r - ky][n]);
+          }
+        }
       }
     }
   };
@@ -185,116 +243,101 @@ __device__ inline char* image_at(Place place, char* images, char* scratch) {
   return (place.space == Space::kShared ? images : scratch) + place.at;
 }
 
+// From the sums of a whole tile to an image in shared memory: a ReLU and nothing else, or a scaled addition.
+template <class T, int kTiles, bool kAdd>
+__device__ __forceinline__ void finish_whole(const float (&sums)[kTileRows][kTiles][4], const Piece& piece,
+                                             const char* data, unsigned add, unsigned image, int y0, int x0) {
+  constexpr int kUnitsOfTile = kTileChannels / kUnit<T>;
+  const int lane = threadIdx.x % 32, pair = lane % 4 * 2;
+  const int row_bytes = (piece.width + 2) * kUnitBytes, plane = (piece.height + 2) * row_bytes;
+  const int unit = (piece.first_channel + pair) / kUnit<T>;
+  const unsigned at = unit * plane + (y0 + 1) * row_bytes + (x0 + lane / 4 + 1) * kUnitBytes +
+      pair % kUnit<T> * (int)sizeof(T);
+  const float scale = piece.scale;
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+    if (unit + n * kUnitsOfTile >= piece.dst_units) continue;
+    const float2 bias = *reinterpret_cast<const float2*>(data + bias_at(piece) + (n * kTileChannels + pair) * 4);
+    float2 other[kTileRows][2];
+    if (kAdd) {
+#pragma unroll
+      for (int i = 0; i < 2 * kTileRows; ++i) {
+        other[i / 2][i % 2] = SharedPair<T>::load(add + at + n * kUnitsOfTile * plane + i / 2 * row_bytes +
+                                                  i % 2 * 8 * kUnitBytes);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 2 * kTileRows; ++i) {
+      const unsigned to = image + at + n * kUnitsOfTile * plane + i / 2 * row_bytes + i % 2 * 8 * kUnitBytes;
+      const float v0 = sums[i / 2][n][i % 2 * 2] + bias.x, v1 = sums[i / 2][n][i % 2 * 2 + 1] + bias.y;
+      if (kAdd) {
+        const float2 o = other[i / 2][i % 2];
+        SharedPair<T>::template store<false>(to, v0 * scale + o.x, v1 * scale + o.y);
+      } else {
+        SharedPair<T>::template store<true>(to, v0, v1);
+      }
+    }
+  }
+}
+
 __device__ inline float relu(float y) { return y < 0.0f ? 0.0f : y; }
 
-// What becomes of two channels of a pixel. Without an activation the slope is 1, with a ReLU 0.
-struct Finish {
-  float2 bias, slope;
-  float scale;
-  bool post;
-
-  __device__ Finish(const Piece& piece, const char* data, int channel)
-      : bias(*reinterpret_cast<const float2*>(data + bias_at(piece) + channel * 4)),
-        slope(*reinterpret_cast<const float2*>(data + slope_at(piece) + channel * 4)),
-        scale(piece.scale), post(piece.post) {}
-
-  template <class T>
-  __device__ __forceinline__ Pack<T, 2> operator()(float y0, float y1, const char* add) const {
-    y0 += bias.x;
-    y1 += bias.y;
-    y0 = (y0 > 0.0f ? y0 : y0 * slope.x) * scale;
-    y1 = (y1 > 0.0f ? y1 : y1 * slope.y) * scale;
-    if (add != nullptr) {
-      const Pack<T, 2> other = *reinterpret_cast<const Pack<T, 2>*>(add);
-      y0 += to_float(other.v[0]);
-      y1 += to_float(other.v[1]);
+// From sums [tile][row][half][two channels] in memory to an image of any kind, or the result. Not inlined: it is rare,
+// and would take registers from the rest. Without an activation the slope is 1, with a ReLU 0.
+template <class T>
+__device__ __noinline__ void finish_any(const float* sums, const Piece& piece, const char* data, const char* add,
+                                        char* image, T* result, int y0, int x0) {
+  const int lane = threadIdx.x % 32;
+  const int height = piece.height, width = piece.width, shuffle = piece.shuffle;
+#pragma unroll 1
+  for (int i = 0; i < piece.tiles * kTileRows * 4; ++i) {
+    const int n = i / (kTileRows * 4), y = y0 + i / 4 % kTileRows, x = x0 + lane / 4 + i / 2 % 2 * 8;
+    const int mine = n * kTileChannels + lane % 4 * 2 + i % 2, channel = piece.first_channel + mine;
+    if (x >= width || y >= height) continue;
+    // 1. The value
+    float v = sums[i] + reinterpret_cast<const float*>(data + bias_at(piece))[mine];
+    v = (v > 0.0f ? v : v * reinterpret_cast<const float*>(data + slope_at(piece))[mine]) * piece.scale;
+    const int unit = channel / kUnit<T>, inside = channel % kUnit<T>;
+    const int at = ((unit * (height + 2) + y + 1) * (width + 2) + x + 1) * kUnitBytes;
+    const bool kept = unit < piece.dst_units;  // in an image that is not shuffled
+    if (add != nullptr && kept) v += to_float(reinterpret_cast<const T*>(add + at)[inside]);
+    const T made = from_float<T>(piece.post ? relu(v) : v);
+    // 2. Its place
+    if (image != nullptr && shuffle == 1) {
+      if (kept) reinterpret_cast<T*>(image + at)[inside] = made;
+    } else if (channel < piece.out_channels) {
+      const int c = channel / (shuffle * shuffle);
+      const int big_y = y * shuffle + channel / shuffle % shuffle, big_x = x * shuffle + channel % shuffle;
+      if (image == nullptr) {
+        result[(int64_t{c} * height * shuffle + big_y) * (width * shuffle) + big_x] = made;
+      } else {
+        const int row = c / kUnit<T> * (height * shuffle + 2) + big_y + 1;
+        reinterpret_cast<T*>(image + (row * (width * shuffle + 2) + big_x + 1) * kUnitBytes)[c % kUnit<T>] = made;
+      }
     }
-    return {{from_float<T>(post ? relu(y0) : y0), from_float<T>(post ? relu(y1) : y1)}};
+  }
+}
+
+// The first tile of this warp; worked out anew only where the number of tiles in a row changes.
+struct Corner {
+  int along = 0, y0 = 0, x0 = 0;
+
+  __device__ __forceinline__ void fit(int tiles_along) {
+    if (tiles_along == along) return;
+    along = tiles_along;
+    y0 = threadIdx.x / 32 / along * kTileRows;
+    x0 = threadIdx.x / 32 % along * kTilePixels;
   }
 };
 
-// From sums to an image that is not shuffled: a lane has two channels of one unit.
 template <class T, int kTiles>
-__device__ __forceinline__ void finish_image(const float (&sums)[kTileRows][kTiles][4], const Piece& piece,
-                                             const char* data, const char* add, char* image, int y0, int x0) {
-  const int lane = threadIdx.x % 32, pair = lane % 4 * 2;
-  const int left = piece.height - y0, row_bytes = (piece.width + 2) * kUnitBytes;
-#pragma unroll
-  for (int n = 0; n < kTiles; ++n) {
-    const int channel = piece.first_channel + n * kTileChannels + pair, unit = channel / kUnit<T>;
-    if (unit >= piece.dst_units) continue;
-    const Finish finish(piece, data, n * kTileChannels + pair);
-    int at = (unit * (piece.height + 2) + y0 + 1) * row_bytes + (x0 + lane / 4 + 1) * kUnitBytes +
-        channel % kUnit<T> * (int)sizeof(T);
-#pragma unroll
-    for (int half = 0; half < 2; ++half, at += 8 * kUnitBytes) {
-      if (x0 + lane / 4 + half * 8 >= piece.width) continue;
-#pragma unroll
-      for (int row = 0; row < kTileRows; ++row) {
-        if (row >= left) continue;
-        *reinterpret_cast<Pack<T, 2>*>(image + at + row * row_bytes) = finish.template operator()<T>(
-            sums[row][n][half * 2], sums[row][n][half * 2 + 1], add == nullptr ? add : add + at + row * row_bytes);
-      }
-    }
-  }
-}
-
-// From sums to the result, or to an image that is shuffled.
-template <class T, int kTiles>
-__device__ __forceinline__ void finish_apart(const float (&sums)[kTileRows][kTiles][4], const Piece& piece,
-                                             const char* data, const char* add, char* image, T* result, int y0,
-                                             int x0) {
-  const int lane = threadIdx.x % 32, pair = lane % 4 * 2;
-  const int height = piece.height, width = piece.width, shuffle = piece.shuffle;
-#pragma unroll
-  for (int n = 0; n < kTiles; ++n) {
-    const int channel = piece.first_channel + n * kTileChannels + pair;
-    const Finish finish(piece, data, n * kTileChannels + pair);
-    const int unit = channel / kUnit<T>, inside = channel % kUnit<T> * (int)sizeof(T);  // of what is added
-    const char* other = unit < piece.dst_units ? add : nullptr;
-    int out_channel[2], down[2], along[2];
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      out_channel[j] = (channel + j) / (shuffle * shuffle);
-      down[j] = (channel + j) / shuffle % shuffle;
-      along[j] = (channel + j) % shuffle;
-    }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int x = x0 + lane / 4 + half * 8;
-#pragma unroll
-      for (int row = 0; row < kTileRows; ++row) {
-        const int y = y0 + row, at = ((unit * (height + 2) + y + 1) * (width + 2) + x + 1) * kUnitBytes + inside;
-        if (x >= width || y >= height) continue;
-        const Pack<T, 2> made = finish.template operator()<T>(sums[row][n][half * 2], sums[row][n][half * 2 + 1],
-                                                              other == nullptr ? other : other + at);
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          if (channel + j >= piece.out_channels) continue;
-          const int big_y = y * shuffle + down[j], big_x = x * shuffle + along[j], c = out_channel[j];
-          if (image == nullptr) {
-            result[(int64_t{c} * height * shuffle + big_y) * (width * shuffle) + big_x] = made.v[j];
-          } else {
-            const int plane_row = c / kUnit<T> * (height * shuffle + 2) + big_y + 1;
-            char* to = image + (plane_row * (width * shuffle + 2) + big_x + 1) * kUnitBytes;
-            reinterpret_cast<T*>(to)[c % kUnit<T>] = made.v[j];
-          }
-        }
-      }
-    }
-  }
-}
-
-template <class T, int kTiles>
-__device__ void run_piece(const Piece& piece, const char* data, char* images, char* scratch, T* result) {
+__device__ __forceinline__ void run_piece(const Piece& piece, const char* data, const Corner& corner, char* images,
+                                          char* scratch, T* result) {
   const char* src = image_at(piece.src, images, scratch);
-  const char* add = piece.add.space == Space::kNowhere ? nullptr : image_at(piece.add, images, scratch);
-  char* dst = piece.dst.space == Space::kResult ? nullptr : image_at(piece.dst, images, scratch);
   const bool from_scratch = piece.src.space == Space::kScratch;
-  const int along = (piece.width + kTilePixels - 1) / kTilePixels;
-  const int num_tiles = along * ((piece.height + kTileRows - 1) / kTileRows);
-  for (int tile = threadIdx.x / 32; tile < num_tiles; tile += blockDim.x / 32) {
-    const int y0 = tile / along * kTileRows, x0 = tile % along * kTilePixels;
+  int y0 = corner.y0, x0 = corner.x0;
+  for (int tile = threadIdx.x / 32; tile < piece.num_tiles;) {
+    // 1. Sums
     float sums[kTileRows][kTiles][4] = {};
     __syncwarp();  // the tile before may have left some lanes behind
     if (piece.kernel == 3) {
@@ -308,10 +351,28 @@ __device__ void run_piece(const Piece& piece, const char* data, char* images, ch
     } else {
       convolve<T, kTiles, 1, false>(sums, piece, data, src, y0, x0);
     }
-    if (dst != nullptr && piece.shuffle == 1) {
-      finish_image<T, kTiles>(sums, piece, data, add, dst, y0, x0);
+    // 2. What becomes of them
+    const bool whole = y0 + kTileRows <= piece.height && x0 + kTilePixels <= piece.width;
+    const unsigned base = static_cast<unsigned>(__cvta_generic_to_shared(images));
+    if (whole && piece.finish == kFinishRelu) {
+      finish_whole<T, kTiles, false>(sums, piece, data, 0, base + piece.dst.at, y0, x0);
+    } else if (whole && piece.finish == kFinishAdd) {
+      finish_whole<T, kTiles, true>(sums, piece, data, base + piece.add.at, base + piece.dst.at, y0, x0);
     } else {
-      finish_apart<T, kTiles>(sums, piece, data, add, dst, result, y0, x0);
+      const char* add = piece.add.space == Space::kNowhere ? nullptr : image_at(piece.add, images, scratch);
+      char* dst = piece.dst.space == Space::kResult ? nullptr : image_at(piece.dst, images, scratch);
+      float held[kTiles][kTileRows][4];
+#pragma unroll
+      for (int i = 0; i < kTiles * kTileRows * 4; ++i) {
+        held[i / (kTileRows * 4)][i / 4 % kTileRows][i % 4] = sums[i / 4 % kTileRows][i / (kTileRows * 4)][i % 4];
+      }
+      finish_any<T>(&held[0][0][0], piece, data, add, dst, result, y0, x0);
+    }
+    // 3. The next one of this warp
+    tile += blockDim.x / 32;
+    if (tile < piece.num_tiles) {
+      y0 = tile / piece.tiles_along * kTileRows;
+      x0 = tile % piece.tiles_along * kTilePixels;
     }
   }
 }
@@ -374,6 +435,7 @@ __device__ void run_cell(const ChainCall<T>& call, const Entry& entry, int64_t r
   char* scratch = call.scratch + blockIdx.x * call.scratch_bytes;
   const char* from = call.packed + entry.first_at;
   int bytes = entry.first_bytes;
+  Corner corner;
   bring(shared, from, bytes);
   load_cell(image_at(entry.cell, images, scratch), call.x + row * call.x_numel, call);
   for (int turn = 0; bytes > 0; turn ^= 1) {
@@ -392,12 +454,13 @@ __device__ void run_cell(const ChainCall<T>& call, const Entry& entry, int64_t r
       __syncthreads();
     }
     T* result = call.out + row * call.out_numel;
+    corner.fit(piece.tiles_along);
     if (piece.tiles == 1) {
-      run_piece<T, 1>(piece, data, images, scratch, result);
+      run_piece<T, 1>(piece, data, corner, images, scratch, result);
     } else if (piece.tiles == 2) {
-      run_piece<T, 2>(piece, data, images, scratch, result);
+      run_piece<T, 2>(piece, data, corner, images, scratch, result);
     } else if constexpr (sizeof(T) == 2) {
-      run_piece<T, 3>(piece, data, images, scratch, result);
+      run_piece<T, 3>(piece, data, corner, images, scratch, result);
     }
   }
 }

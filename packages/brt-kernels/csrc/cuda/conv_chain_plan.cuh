@@ -49,8 +49,10 @@ struct alignas(16) Piece {
   int shuffle, act, post;
   int clear;  // before dst is written: 1 = zeros for its border, 2 = for all of it
   float scale;
-  int unused;
+  int finish;  // one of the two ways that are usual in a residual block, or 0
+  int tiles_along, num_tiles;  // of pixels: a warp's piece of the image
 };
+constexpr int kFinishRelu = 1, kFinishAdd = 2;
 static_assert(sizeof(Piece) % 16 == 0, "what follows it is read 16 bytes at a time");
 
 // After a Piece: where each tap lies, in units; bias and slope; weights as a warp's lanes take them, 8 bytes each.
@@ -248,6 +250,8 @@ inline std::vector<Piece> pieces_of(const ChainStep& s, int element_bytes) {
   piece.out_channels = (int)s.out_channels;
   piece.height = (int)s.from.height;
   piece.width = (int)s.from.width;
+  piece.tiles_along = (piece.width + kTilePixels - 1) / kTilePixels;
+  piece.num_tiles = (piece.height + kTileRows - 1) / kTileRows * piece.tiles_along;
   piece.num_taps = (int)(num_units(s.in_channels, element_bytes) * s.kernel);
   piece.dst_channels = (int)(s.out_channels / (s.shuffle * s.shuffle));
   piece.dst_units = (int)num_units(piece.dst_channels, element_bytes);
@@ -267,6 +271,12 @@ inline std::vector<Piece> pieces_of(const ChainStep& s, int element_bytes) {
     pieces.push_back(piece);
   }
   return pieces;
+}
+
+inline int usual_finish(const Piece& p) {
+  if (p.dst.space != Space::kShared || p.shuffle != 1 || p.post != 0) return 0;
+  if (p.act == 1 && p.scale == 1.0f && p.add.space == Space::kNowhere) return kFinishRelu;
+  return p.act == 0 && p.add.space == Space::kShared ? kFinishAdd : 0;
 }
 
 // `shared_limit`: the most shared memory that a block may ask for.
@@ -303,8 +313,7 @@ inline ChainPlan plan_of(const Chain& chain, const std::vector<Tensor>& params, 
         plan.most_piece_bytes = std::max<int64_t>(plan.most_piece_bytes, piece_bytes(piece));
         plan.jobs.push_back(job);
       }
-      const int64_t down = (s.from.height + kTileRows - 1) / kTileRows;
-      warps = std::max(warps, down * ((s.from.width + kTilePixels - 1) / kTilePixels));
+      warps = std::max<int64_t>(warps, plan.jobs.back().piece.num_tiles);
     }
     first_jobs.back().push_back(plan.jobs.size());
     plan.entries.back().first_bytes = piece_bytes(plan.jobs[first].piece);
@@ -326,6 +335,7 @@ inline ChainPlan plan_of(const Chain& chain, const std::vector<Tensor>& params, 
         piece.add = places.step(i).add;
         piece.dst = places.step(i).dst;
         piece.clear = j == first_jobs[b][i] ? places.step(i).clear : 0;
+        piece.finish = usual_finish(piece);
       }
     }
     plan.shared_bytes = std::max(plan.shared_bytes, places.shared_end());
