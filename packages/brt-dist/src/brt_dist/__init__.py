@@ -4,12 +4,15 @@ from brt_dist import reference
 from brt_dist.errors import ExchangeError, ParallelError
 from brt_dist.exchange import Exchange, Handle, reverse_all_to_all, sparse_all_to_all
 from brt_dist.experts import ExpertParallel, ParallelExpertRouter
+from brt_dist.gradients import sum_gradients
 from brt_dist.hierarchical import (
     Hosts,
     TwoHops,
     hierarchical_all_to_all,
     reverse_hierarchical_all_to_all,
 )
+from brt_dist.parallelize import Parallelized, parallelize
+from brt_dist.routers import ParallelGatherRouter, ParallelScatterRouter, SpreadRoute
 from brt_dist.spread import Spread
 from brt_dist.transport import Transport
 
@@ -21,12 +24,18 @@ __all__ = [
     "Hosts",
     "ParallelError",
     "ParallelExpertRouter",
+    "ParallelGatherRouter",
+    "ParallelScatterRouter",
+    "Parallelized",
     "Spread",
+    "SpreadRoute",
     "Transport",
     "TwoHops",
     "hierarchical_all_to_all",
+    "parallelize",
     "reference",
     "reverse_all_to_all",
     "reverse_hierarchical_all_to_all",
     "sparse_all_to_all",
+    "sum_gradients",
 ]

@@ -29,7 +29,7 @@ VERSION = 1
 
 # A message: these words, the text, the first columns of counts.
 _MAGIC, _VERSION, _IS_PROBLEM, _NUM_COLUMNS, _GRAD_MODE, _LENGTH, _CHECKSUM, _GRAD_FLOWS = range(8)
-_TEXT_BYTES = 256
+_TEXT_BYTES = 448
 _TEXT = 8
 _COUNTS = _TEXT + _TEXT_BYTES // 8
 _NUM_WORDS = 128
@@ -80,14 +80,15 @@ def telling(what: str, group: Group) -> Iterator[None]:
 
 
 def tell(what: str, problem: str, group: Group, cause: Exception | None = None) -> NoReturn:
-    """Report a problem of this rank to all, in place of `agree`, and raise it."""
+    """Report a problem of this rank to all, in place of `agree`, and raise it as what it was."""
     message_WB = _message(group, problem, 0, 0)
     message_WB[:, _IS_PROBLEM] = 1
     headers_WB = _swap(what, message_WB, group)
     try:
         _compare(what, headers_WB, group)
     except ExchangeError as error:
-        raise error from cause
+        kind = type(cause) if isinstance(cause, BrtError) else ExchangeError
+        raise kind(str(error)) from cause
     raise AssertionError("a problem is never agreed on")
 
 
