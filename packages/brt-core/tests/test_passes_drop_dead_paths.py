@@ -438,3 +438,13 @@ def test_it_keeps_the_rules_of_passes(case: Case) -> None:
     model = case.model(*case.args, **case.kwargs)
     others = [to_paths(paths) for paths in outside()]
     check_pass(DropDeadPaths(), model, [to_paths(case.inside)], others=others)
+
+
+def test_what_an_earlier_pass_inserted_moves_along() -> None:
+    """A module that only the moved branch calls stays in the graph."""
+    branches = [nn.Sequential(nn.Linear(DIM, DIM), nn.BatchNorm1d(DIM)) for _ in range(3)]
+    model, x = Mixture(branches=branches), to_paths([0, 1, 0])
+    fast = optimize(model, profile(model, [x]), passes=["fuse-vertical", NAME], sample=x)
+    assert [record.changed for record in fast.report.records] == [True, True]
+    for paths in ([0, 1], [2, 2], [0, 2, 1], []):
+        assert_same(fast, model, to_paths(paths))

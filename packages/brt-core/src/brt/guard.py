@@ -109,6 +109,7 @@ class Spill(Guarded):
     def __init__(self, guard: Guard, scope: nn.Module, branch: fx.Graph) -> None:
         super().__init__(guard, scope)
         self.nodes = tuple(n.name for n in branch.nodes if n.op not in ("placeholder", "output"))
+        self.calls = frozenset(str(n.target) for n in branch.nodes if n.op == "call_module")
         self._run = compiled(branch)
         self._recipes: dict[Any, _Recipe | None] = {}
 

@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from brt import plugins
 from brt.errors import PassError, PluginWarning
-from brt.guard import compiled
+from brt.guard import Spill, compiled
 from brt.passes.base import Call, Context, Pass, Record, require_stateless
 from brt.passes.match import writes
 from brt.passes.verify import Moved, Tolerance, cloned, largest_error, without_traces
@@ -202,6 +202,13 @@ def _clean(work: Work) -> None:
     called = {
         str(node.target).partition(".")[0] for node in graph.nodes if node.op == "call_module"
     }
+    todo = list(called)
+    while todo:
+        module = work.inserted().get(todo.pop())
+        if isinstance(module, Spill):
+            # What an earlier pass inserted may run inside the branch that this one moved
+            todo += module.calls - called
+            called |= module.calls
     for name in work.inserted():
         if name not in called:
             del work.graph._modules[name], work.scope.__dict__[name]
