@@ -15,9 +15,12 @@ from torch import Tensor, nn
 from brt import Cells, GatherRouter, ScatterRouter, annotate
 from brt.errors import BrtError
 from brt.protocols import BinaryThreshold
+from brt_models.images import check_images, is_over
 from brt_models.macs import macs_of
 from brt_models.msdnet.config import MSDNetConfig
 from brt_models.msdnet.layers import Classifier, FirstLayer, Layer, Transition, init_weights
+
+torch.fx.wrap("check_images")  # it reads shapes, which a symbolic trace does not have
 
 
 class MSDNet(nn.Module):
@@ -88,7 +91,7 @@ class MSDNet(nn.Module):
 
     def all_exits(self, x_NCHW: Tensor) -> tuple[Tensor, ...]:
         """[N, 3, H, W] -> the logits [N, C] that each exit would give every image."""
-        check_images(x_NCHW)
+        check_images("MSDNet", x_NCHW)
         logits: list[Tensor] = []
         scales: Any = x_NCHW
         for block, head in zip(self.blocks, self.classifier, strict=True):
@@ -98,7 +101,7 @@ class MSDNet(nn.Module):
 
     def with_exits(self, x_NCHW: Tensor) -> tuple[Tensor, tuple[Cells, ...]]:
         """(logits [N, C], the images that left at each exit)."""
-        check_images(x_NCHW)
+        check_images("MSDNet", x_NCHW)
         x_NCHW, grid = annotate(x_NCHW, 0)
         scales: Any = x_NCHW
         cells, left, where = grid.cells, [], []
@@ -119,27 +122,6 @@ class MSDNet(nn.Module):
         """Multiply-adds of an image of that size that leaves at each exit, all before included."""
         stages = [*zip(self.blocks, self.classifier, strict=True)]
         return tuple(accumulate(macs_of(self, self.all_exits, x_NCHW[:1], stages)))
-
-
-def is_over(x: Tensor) -> bool:
-    """Whether no row is left to compute, where nobody needs the computation of nothing.
-
-    While tracing it is not known, a compiled graph is for any number of rows, and gradients of
-    blocks that no image reaches are zeros, not None.
-    """
-    if not isinstance(x, Tensor) or torch.compiler.is_compiling() or torch.is_grad_enabled():
-        return False
-    return x.shape[0] == 0
-
-
-@torch.fx.wrap  # it reads shapes, which a symbolic trace does not have
-def check_images(x_NCHW: Tensor) -> None:
-    """Raise unless these are float images of three colours."""
-    if x_NCHW.ndim != 4 or x_NCHW.shape[1] != 3 or not x_NCHW.is_floating_point():
-        raise BrtError(
-            "images must be floats [N, 3, H, W] (red, green, blue), got "
-            f"{x_NCHW.dtype} {list(x_NCHW.shape)}"
-        )
 
 
 def small(num_classes: int = 10) -> MSDNet:
