@@ -7,6 +7,7 @@
 STABLE_TORCH_LIBRARY(brt_kernels, m) {
   m.def("use_isa(str name) -> str");
   m.def("cuda_refusal() -> str");  // implemented by the CUDA library only
+  m.def("device_error(int device, bool wait) -> str");  // as above
   m.def(
       "route(Tensor choice_NK, SymInt num_paths, SymInt[]? capacity=None, Tensor? priority_N=None, "
       "SymInt group_size=0, SymInt multiple=1) -> (Tensor cell_R, Tensor slot_R, Tensor row_NK, Tensor offsets_P1)");

@@ -13,15 +13,21 @@ SIZES = [(64, 64), (1, 1), (17, 5), (33, 70), (600, 3), (3, 300)]
 LOOSE = {torch.float32: (1e-5, 1e-4), torch.float16: (2e-3, 2e-3), torch.bfloat16: (1.6e-2, 1.6e-2)}
 
 
-def run(loads: tuple[int, ...], size: tuple[int, int], dtype: torch.dtype) -> None:
+def run(
+    loads: tuple[int, ...],
+    size: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+) -> None:
     made, (num_out, num_in) = torch.Generator().manual_seed(0), size
     y = torch.randn(sum(loads) + 3, num_out, generator=made).to(dtype)
     x = torch.randn(sum(loads) + 3, num_in, generator=made).to(dtype)
     offsets = torch.tensor((0, *loads)).cumsum(0)
-    got = grouped_outer(y, x, offsets)
+    got = grouped_outer(y.to(device), x.to(device), offsets.to(device))
+    assert got.dtype == dtype
     exact = reference.grouped_outer(y.double(), x.double(), offsets)
     rtol, atol = LOOSE[dtype]
-    torch.testing.assert_close(got.double(), exact, rtol=rtol, atol=atol)
+    torch.testing.assert_close(got.cpu().double(), exact, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -34,6 +40,38 @@ def test_sizes(size: tuple[int, int], dtype: torch.dtype, isa: str) -> None:
 @pytest.mark.parametrize("loads", LOADS, ids=str)
 def test_loads(loads: tuple[int, ...], dtype: torch.dtype) -> None:
     run(loads, (40, 72), dtype)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("loads", [*LOADS, (65, 64, 0, 33, 1, 0)], ids=str)
+@pytest.mark.parametrize("size", [*SIZES, (8, 8), (128, 136), (264, 24), (1, 129)], ids=str)
+def test_on_cuda(size: tuple[int, int], loads: tuple[int, ...], dtype: torch.dtype) -> None:
+    run(loads, size, dtype, "cuda")
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_on_cuda_each_run_is_the_same(dtype: torch.dtype) -> None:
+    y, x = (torch.randn(3000, n, device="cuda").to(dtype) for n in (256, 200))
+    offsets = torch.tensor([0, 1900, 1900, 2500, 2990], device="cuda")
+    first = grouped_outer(y, x, offsets)
+    for _ in range(5):
+        torch.empty_like(first).fill_(torch.nan)  # memory that the next result may get
+        assert torch.equal(grouped_outer(y, x, offsets), first)
+    assert not first[1].any()
+    exact = reference.grouped_outer(y.double(), x.double(), offsets)
+    error = (first.double() - exact).norm() / exact.norm()
+    assert error < {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}[dtype]
+
+
+@pytest.mark.cuda
+def test_on_cuda_rows_need_not_be_contiguous() -> None:
+    y, x = torch.randn(64, 100, device="cuda").t(), torch.randn(100, 64, device="cuda")[:, ::2]
+    offsets = torch.tensor([3, 50, 100], device="cuda", dtype=torch.int32)
+    torch.testing.assert_close(
+        grouped_outer(y, x, offsets), reference.grouped_outer(y, x, offsets), rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -2,6 +2,8 @@
 
 Metadata (ranks, dtypes, devices) is checked where it is used. Values are checked here: at the call
 on the CPU; on CUDA a failed check sets a flag in device memory, and the next `check` raises it.
+Kernels that meet a bad index leave that access out and tell it likewise: packages of kernels say
+through `watch` how to ask. `path_sizes`, which brings loads to the host, asks too.
 ``BRT_CHECK``, read once at import: ``sync`` raises at the call on CUDA too, ``off`` checks nothing.
 """
 
@@ -9,13 +11,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from brt.errors import BrtError
+from brt.errors import BrtError, KernelError
 
 _MODE = os.environ.get("BRT_CHECK", "")
 if _MODE not in ("", "sync", "off"):
@@ -37,6 +39,8 @@ class _Flags:
 
 
 _flags_of: dict[torch.device, _Flags] = {}
+# By package: what its kernels found wrong on a device
+_watched: dict[str, Callable[[int, bool], str]] = {}
 
 
 def wanted(values: Tensor) -> bool:
@@ -86,13 +90,37 @@ def check_not_nan(
         raise error(message if detail is None else f"{message}: {detail()}")
 
 
+def watch(package: str, ask: Callable[[int, bool], str]) -> None:
+    """Raise, as a `KernelError`, what the kernels of a package found wrong on a CUDA device.
+
+    ``ask(device index, wait)`` returns a sentence, or "" for nothing, and forgets it. It waits for
+    the device only where told to, and touches no device on which none of the kernels ran.
+    """
+    _watched[package] = ask
+
+
+def raise_found(device: torch.device, *, wait: bool = False) -> None:
+    """Raise what kernels found wrong on a device; without ``wait``, so far: it costs no time."""
+    if device.type != "cuda" or not _watched or _MODE == "off":
+        return
+    index = torch.cuda.current_device() if device.index is None else device.index
+    found = [text for ask in _watched.values() if (text := ask(index, wait))]
+    if found:
+        raise KernelError("; ".join(f"{text} (on cuda:{index})" for text in found))
+
+
+def at_once() -> bool:
+    """Tell whether what kernels find wrong is to be raised at the call: not in a capture."""
+    return _MODE == "sync" and bool(_watched) and not torch.cuda.is_current_stream_capturing()
+
+
 def check(device: torch.device | str | int | None = None) -> None:
     """Raise the value errors that CUDA work flagged since the last call; waits for that work.
 
-    Looks at one device, or at all that ran a check, and clears their flags.
+    Looks at one device, or at all that ran a check or a kernel, and clears their flags.
     """
     failed: list[tuple[type[BrtError], str]] = []
-    for known in _known_devices(device):
+    for known in _asked(device, _flags_of):
         # A captured graph may be replaying on any stream, so the whole device is waited for.
         torch.cuda.synchronize(known)
         flags = _flags_of[known]
@@ -104,15 +132,29 @@ def check(device: torch.device | str | int | None = None) -> None:
                 failed.append(named)
         flags.pool.zero_()
         torch.cuda.synchronize(known)
+    for known in _asked(device, _cuda_devices()):
+        try:
+            raise_found(known, wait=True)
+        except KernelError as error:
+            failed.append((KernelError, str(error)))
     if failed:
         raise failed[0][0]("; ".join(message for _, message in failed))
 
 
-def _known_devices(device: torch.device | str | int | None) -> list[torch.device]:
+def _asked(
+    device: torch.device | str | int | None, known: Iterable[torch.device]
+) -> list[torch.device]:
     if device is None:
-        return list(_flags_of)
+        return list(known)
     asked = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-    return [known for known in _flags_of if asked in (known, torch.device(known.type))]
+    return [one for one in known if asked in (one, torch.device(one.type))]
+
+
+def _cuda_devices() -> list[torch.device]:
+    """Every device on which a watched kernel may have run."""
+    if not _watched or not torch.cuda.is_initialized():
+        return []
+    return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
 
 
 def _raise_flag(value: Tensor, message: str, error: type[BrtError]) -> None:

@@ -32,7 +32,7 @@ class PluginError(BrtError):
 
 
 class KernelError(BrtError):
-    """No kernel takes these arguments, or the one that was named refuses them."""
+    """No kernel takes these arguments, the one named refuses them, or one met a bad index."""
 
 
 class PluginWarning(UserWarning):

@@ -23,7 +23,7 @@ Tensor combine_cuda(const Tensor& rows, const Tensor& row, const Tensor& cell, c
     using T = decltype(zero);
     launch_sum_rows<T>(mutable_data_of<T>(out_NS), data_of<T>(rows_RS), data_of<int64_t>(row_NK),
                        weight_R ? data_of<float>(*weight_R) : nullptr, num_cells, num_rows, num_choices, numel,
-                       device.stream());
+                       Where::kCombineRow, device.stream());
   });
   BRT_LAUNCHED();
   return out_NS;

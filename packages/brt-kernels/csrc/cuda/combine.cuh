@@ -1,7 +1,7 @@
 // Sums of rows, for combine and for the end of expert_mlp.
 #pragma once
 
-#include "common.cuh"
+#include "device_error.cuh"
 
 namespace brt {
 
@@ -10,7 +10,7 @@ namespace brt {
 template <class T, int kCount>
 __global__ void __launch_bounds__(256) sum_rows(T* out, const T* rows, const int64_t* row_NK, const float* weight_R,
                                                 int64_t num_cells, int64_t num_rows, int64_t num_choices,
-                                                int64_t width) {
+                                                int64_t width, Where where, ErrorWord* errors) {
   const int64_t n = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
   if (n >= num_cells) return;
   const int64_t* index = row_NK + n * num_choices;
@@ -32,20 +32,25 @@ __global__ void __launch_bounds__(256) sum_rows(T* out, const T* rows, const int
     for (int j = 0; j < kCount; ++j) value.v[j] = from_float<T>(total[j]);
     to[i] = value;
   }
+  // After the sums, whose loop it would slow down
+  for (int64_t k = threadIdx.x; k < num_choices; k += blockDim.x) {
+    const int64_t r = __ldg(index + k);
+    if (r < -1 || r >= num_rows) tell(errors, where, r, num_rows, n * num_choices + k);
+  }
 }
 
 template <class T>
 void launch_sum_rows(T* out, const T* rows, const int64_t* row_NK, const float* weight_R, int64_t num_cells,
-                     int64_t num_rows, int64_t num_choices, int64_t numel, cudaStream_t stream) {
+                     int64_t num_rows, int64_t num_choices, int64_t numel, Where where, cudaStream_t stream) {
   constexpr int kWide = 16 / sizeof(T);
   if (numel % kWide == 0 && aligned16(out) && aligned16(rows)) {
     const dim3 block = row_block(numel / kWide);
     sum_rows<T, kWide><<<blocks_for(num_cells, block.y), block, 0, stream>>>(
-        out, rows, row_NK, weight_R, num_cells, num_rows, num_choices, numel / kWide);
+        out, rows, row_NK, weight_R, num_cells, num_rows, num_choices, numel / kWide, where, error_word());
   } else {
     const dim3 block = row_block(numel);
-    sum_rows<T, 1><<<blocks_for(num_cells, block.y), block, 0, stream>>>(out, rows, row_NK, weight_R, num_cells,
-                                                                         num_rows, num_choices, numel);
+    sum_rows<T, 1><<<blocks_for(num_cells, block.y), block, 0, stream>>>(
+        out, rows, row_NK, weight_R, num_cells, num_rows, num_choices, numel, where, error_word());
   }
 }
 

@@ -1,19 +1,27 @@
 // dispatch: rows[r] = weight[r] * x[cell[r]], zero where cell[r] is no cell.
 // N cells, S trailing cell sizes, R rows, K choices.
-#include "common.cuh"
+#include "device_error.cuh"
 
 namespace brt {
 namespace {
 
+// The cell of row r, or -1; a cell that is out of range is told and is none.
+__device__ int64_t cell_of(const int64_t* cell_R, int64_t r, int64_t num_cells, ErrorWord* errors) {
+  const int64_t cell = cell_R[r];
+  if (cell >= 0 && cell < num_cells) return cell;
+  if (cell != -1 && threadIdx.x == 0) tell(errors, Where::kDispatchCell, cell, num_cells, r);
+  return -1;
+}
+
 // `kUnroll` vectors of a row in flight in each thread.
 template <class V>
 __global__ void __launch_bounds__(256) copy_rows(V* rows, const V* x, const int64_t* cell_R, int64_t num_rows,
-                                                 int64_t num_cells, int64_t width) {
+                                                 int64_t num_cells, int64_t width, ErrorWord* errors) {
   constexpr int kUnroll = 4;
   const int64_t r = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
   if (r >= num_rows) return;
-  const int64_t cell = cell_R[r];
-  const bool there = cell >= 0 && cell < num_cells;
+  const int64_t cell = cell_of(cell_R, r, num_cells, errors);
+  const bool there = cell >= 0;
   const V* from = x + (there ? cell : 0) * width;
   V* to = rows + r * width;
   for (int64_t first = threadIdx.x; first < width; first += blockDim.x * kUnroll) {
@@ -33,11 +41,12 @@ __global__ void __launch_bounds__(256) copy_rows(V* rows, const V* x, const int6
 
 template <class T, int kCount>
 __global__ void __launch_bounds__(256) scale_rows(T* rows, const T* x, const int64_t* cell_R, const float* weight_R,
-                                                  int64_t num_rows, int64_t num_cells, int64_t width) {
+                                                  int64_t num_rows, int64_t num_cells, int64_t width,
+                                                  ErrorWord* errors) {
   const int64_t r = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
   if (r >= num_rows) return;
-  const int64_t cell = cell_R[r];
-  const bool there = cell >= 0 && cell < num_cells;
+  const int64_t cell = cell_of(cell_R, r, num_cells, errors);
+  const bool there = cell >= 0;
   const float weight = weight_R[r];
   const auto* from = reinterpret_cast<const Pack<T, kCount>*>(x) + (there ? cell : 0) * width;
   auto* to = reinterpret_cast<Pack<T, kCount>*>(rows) + r * width;
@@ -56,7 +65,7 @@ void launch_copy(void* rows, const void* x, const int64_t* cell_R, int64_t num_r
   const int64_t width = row_bytes / (int64_t)sizeof(V);
   const dim3 block = row_block((width + 3) / 4);
   copy_rows<V><<<blocks_for(num_rows, block.y), block, 0, stream>>>(static_cast<V*>(rows), static_cast<const V*>(x),
-                                                                    cell_R, num_rows, num_cells, width);
+                                                                    cell_R, num_rows, num_cells, width, error_word());
 }
 
 template <class T, int kCount>
@@ -64,7 +73,8 @@ void launch_scale(void* rows, const void* x, const int64_t* cell_R, const float*
                   int64_t num_cells, int64_t numel, cudaStream_t stream) {
   const dim3 block = row_block(numel / kCount);
   scale_rows<T, kCount><<<blocks_for(num_rows, block.y), block, 0, stream>>>(
-      static_cast<T*>(rows), static_cast<const T*>(x), cell_R, weight_R, num_rows, num_cells, numel / kCount);
+      static_cast<T*>(rows), static_cast<const T*>(x), cell_R, weight_R, num_rows, num_cells, numel / kCount,
+      error_word());
 }
 
 }  // namespace

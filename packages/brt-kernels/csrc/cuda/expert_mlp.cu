@@ -50,7 +50,7 @@ Tensor expert_mlp_cuda(const Tensor& x, const Tensor& cell, const Tensor& row, c
     if (num_rows > 0) {
       GroupedGemm<T> g{data_of<T>(x_ND), data_of<int64_t>(cell_R), data_of<int64_t>(offsets_P1), data_of<T>(up_PHD),
                        up_bias_PH ? data_of<T>(*up_bias_PH) : nullptr, mutable_data_of<T>(hidden_RH), num_cells,
-                       num_rows, num_in, hidden, paths, act};
+                       num_rows, num_in, hidden, paths, act, error_word(), Where::kMlpOffsets};
       if (hidden > 0 && gated) launch_grouped_gemm<T, true>(g, device.stream());
       if (hidden > 0 && !gated) launch_grouped_gemm<T, false>(g, device.stream());
       g = GroupedGemm<T>{data_of<T>(hidden_RH), nullptr, data_of<int64_t>(offsets_P1), data_of<T>(down_PDH),
@@ -60,7 +60,7 @@ Tensor expert_mlp_cuda(const Tensor& x, const Tensor& cell, const Tensor& row, c
     }
     launch_sum_rows<T>(mutable_data_of<T>(out_ND), data_of<T>(rows_RD), data_of<int64_t>(row_NK),
                        weight_R ? data_of<float>(*weight_R) : nullptr, num_cells, num_rows, row.size(1), num_out,
-                       device.stream());
+                       Where::kMlpRow, device.stream());
   });
   BRT_LAUNCHED();
   return out_ND;

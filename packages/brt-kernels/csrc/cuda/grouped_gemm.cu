@@ -73,7 +73,17 @@ __device__ void zero_tile(const GroupedGemm<T>& g, const Tile& tile, int64_t col
 template <class T>
 __device__ int64_t source_row(const GroupedGemm<T>& g, int64_t row) {
   const int64_t cell = g.cell_R ? g.cell_R[row] : row;
-  return cell >= 0 && cell < g.num_x ? cell : -1;
+  if (cell >= 0 && cell < g.num_x) return cell;
+  if (cell != -1 && g.errors) tell(g.errors, Where::kMlpCell, cell, g.num_x, row);
+  return -1;
+}
+
+// By the last block of the grid, which seldom has a tile.
+template <class T>
+__device__ void check_offsets_once(const GroupedGemm<T>& g) {
+  if (g.errors && blockIdx.x == gridDim.x - 1 && blockIdx.y == 0) {
+    check_offsets(g.errors, g.offsets_at, g.offsets, g.num_paths, g.num_rows);
+  }
 }
 
 // ---- Tensor cores ----
@@ -131,6 +141,7 @@ __global__ void __launch_bounds__(kWarpRows* kWarpColumns * 32) tensor_gemm(Grou
   // 1. Which rows, which columns
   constexpr int kOutColumns = kGated ? kColumns / 2 : kColumns;
   const int64_t column = int64_t{blockIdx.y} * kOutColumns;
+  check_offsets_once(g);
   const Tile tile = find_tile<kRows>(g.offsets, g.num_paths, g.num_rows, blockIdx.x);
   if (tile.path < 0) return;
   if (tile.path == g.num_paths) return zero_tile(g, tile, column, kOutColumns);
@@ -235,6 +246,7 @@ __global__ void __launch_bounds__(256) plain_gemm(GroupedGemm<T> g) {
   __shared__ float b_shared[kHalves][kDepth][kColumns + 4];
   __shared__ int64_t rows_shared[kRows];
   const int64_t column = int64_t{blockIdx.y} * kColumns;
+  check_offsets_once(g);
   const Tile tile = find_tile<kRows>(g.offsets, g.num_paths, g.num_rows, blockIdx.x);
   if (tile.path < 0) return;
   if (tile.path == g.num_paths) return zero_tile(g, tile, column, kColumns);

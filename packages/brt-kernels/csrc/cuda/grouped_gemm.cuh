@@ -4,7 +4,7 @@
 // R rows, P paths, I features in (summed over), O features out.
 #pragma once
 
-#include "common.cuh"
+#include "device_error.cuh"
 
 namespace brt {
 
@@ -21,6 +21,8 @@ struct GroupedGemm {
   int64_t num_x, num_rows, num_in, num_out;
   int num_paths;
   Act act;
+  ErrorWord* errors = nullptr;  // null: indices were checked before
+  Where offsets_at = Where::kLinearOffsets;
 };
 
 // Makes every row of out: those of the paths, and zeros past the last offset. kGated: silu(gate) times its partner.

@@ -23,7 +23,7 @@ Tensor grouped_linear_cuda(const Tensor& x, const Tensor& offsets, const Tensor&
     using T = decltype(zero);
     const GroupedGemm<T> g{data_of<T>(x_RI), nullptr, data_of<int64_t>(offsets_P1), data_of<T>(weight_POI),
                            bias_PO ? data_of<T>(*bias_PO) : nullptr, mutable_data_of<T>(out_RO), num_rows, num_rows,
-                           x.size(1), num_out, (int)offsets.size(0) - 1, act};
+                           x.size(1), num_out, (int)offsets.size(0) - 1, act, error_word()};
     launch_grouped_gemm<T, false>(g, device.stream());
   });
   return out_RO;

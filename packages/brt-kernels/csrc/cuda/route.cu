@@ -1,237 +1,533 @@
-// route and route_mask: decisions become rows grouped by path, in cell order, in three launches and no wait.
-// N cells, K choices of a cell, E = N * K entries, P paths, R rows, B blocks.
+// route and route_mask: decisions become rows grouped by path, in cell order, in one or two launches and no wait.
+// N cells, K choices of a cell, E = N * K entries, P paths, R rows, B blocks, W warps.
 //
-// 1. count: each block counts the paths of its entries.   2. offset: prefix sums over the blocks of each path; the
-// last block to end sums over paths.   3. place: each entry finds its rank among its block's and writes its row.
-// Where a capacity binds, the three run first over entries in the order in which they are served (all first choices,
-// then all second ones) and leave -1 for those beyond it.
+// A block has a span of consecutive entries. 1. count: the entries of each span, by path. 2. place: each block reads
+// the counts of all of them, and so learns where every path begins and how many entries come before its own; an entry's
+// row is that plus its rank in the span. To read all counts in every block takes less time than one more launch.
+// Where a chunk a block is enough, both are one cooperative launch: blocks wait for each other's counts.
+// Where a capacity binds, this runs first over entries in the order in which they are served (all first choices, then
+// all second ones; cells by priority) and leaves -1 for those beyond it. Where it counts within groups, a block serves
+// a group by itself.
 #include "../route.h"
-#include "common.cuh"
+#include "device_error.cuh"
+
+#include <cooperative_groups.h>
+
+#include <algorithm>
+#include <cstring>
+#include <type_traits>
 
 namespace brt {
 namespace {
 
-constexpr int kWarps = 8, kSteps = 4;
-constexpr int kEntries = kWarps * 32 * kSteps;  // of a block
-constexpr int64_t kMaxPaths = 4096;             // a count of each path for each warp, in shared memory
-constexpr int kMaxCapacities = 960;             // they travel as a kernel argument
-
-struct Capacities {
-  int count;  // 0: none
-  int values[kMaxCapacities];
-};
+constexpr int kSteps = 2;                    // entries of a thread at a time
+constexpr int64_t kMaxPaths = 4096;          // what is kept for each path fits the shared memory of sm_80
+constexpr int kMaxCapacities = 960;          // they travel as a kernel argument
+constexpr int kMaxSums = 16;                 // partial sums of a path's counts
+constexpr int64_t kMaxGroupEntries = 65536;  // a block serves a group by itself
 
 template <class T>
 struct Entries {
   const T* decision;
-  int64_t num_cells, num_choices, num_paths;
-  bool mask;    // decision is [N, P] of zero and not zero, not [N, K] of paths
-  bool served;  // in the order in which capacity is given out
+  unsigned num_cells, num_choices, num_entries;
+  int num_paths;
+  bool mask;                // decision is [N, P] of zero and not zero, not [N, K] of paths
+  unsigned group_cells;     // in the order in which capacity is given out, by groups of so many cells; 0: as they lie
+  const int64_t* order_GS;  // of the cells of a group, or null: as they lie
 
-  __device__ int64_t entry(int64_t i) const {
-    return served ? (i % num_cells) * num_choices + i / num_cells : i;
+  T element() const;  // for decltype
+  __device__ unsigned entry(unsigned i) const {
+    if (group_cells == 0) return i;
+    const unsigned group_size = group_cells * num_choices, first = i / group_size * group_cells, j = i % group_size;
+    const unsigned cells = min(group_cells, num_cells - first);
+    const unsigned cell = order_GS ? (unsigned)order_GS[first + j % cells] : j % cells;
+    return (first + cell) * num_choices + j / cells;
   }
-  __device__ int path(int64_t i) const {
-    if (i >= num_cells * num_choices) return -1;
-    const int64_t e = entry(i);
+  // Of the i-th entry; -1: none. What is neither a path nor -1 is told where errors are kept.
+  __device__ int path(unsigned i, ErrorWord* errors) const {
+    const unsigned e = entry(i);
     const int64_t value = decision[e];
     if (mask) return value != 0 ? (int)(e % num_choices) : -1;
-    return value >= 0 && value < num_paths ? (int)value : -1;
+    if (value >= 0 && value < num_paths) return (int)value;
+    if (value != -1 && errors) tell(errors, Where::kRouteChoice, value, num_paths, e);
+    return -1;
   }
 };
 
+struct Span {
+  unsigned first, last;
+  __device__ Span(unsigned num_entries, unsigned span)
+      : first(blockIdx.x * span), last(min(blockIdx.x * span + span, num_entries)) {}
+};
+
+// ---- 1. Count ----
+
+// Counts of a block are a row of padded_paths, whole 16-byte pieces.
+template <int kWarps, class T, class Count>
+__global__ void __launch_bounds__(kWarps * 32) count_paths(Entries<T> entries, unsigned span_size, Count* count_BP,
+                                                           int padded_paths, ErrorWord* errors) {
+  constexpr int kThreads = kWarps * 32, kChunk = kThreads * kSteps;
+  extern __shared__ __align__(16) char shared[];
+  int* count_P = reinterpret_cast<int*>(shared);
+#if __CUDA_ARCH__ >= 900
+  // The placing blocks may start and read their entries; they wait for this grid before they read counts
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+  for (int p = threadIdx.x; p < padded_paths; p += kThreads) count_P[p] = 0;
+  __syncthreads();
+  const Span span(entries.num_entries, span_size);
+  for (unsigned from = span.first; from < span.last; from += kChunk) {
+    int path[kSteps];
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+      const unsigned i = from + s * kThreads + threadIdx.x;
+      path[s] = i < span.last ? entries.path(i, errors) : -1;
+    }
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+      if (path[s] >= 0) atomicAdd(count_P + path[s], 1);
+    }
+  }
+  __syncthreads();
+  Count* to = count_BP + int64_t{blockIdx.x} * padded_paths;
+  for (int p = threadIdx.x; p < padded_paths; p += kThreads) to[p] = (Count)count_P[p];
+}
+
+// ---- 2. Place ----
+
+// What the two kinds of placing make: the rows, or the entries that a capacity keeps.
+struct Rows {
+  int64_t *row_NK, *cell_R, *slot_R, *offsets_P1, num_rows, multiple;
+};
+struct Kept {
+  int* path_E;  // -1 beyond the capacity
+  int count;    // of limits: one, or one a path
+  int limits[kMaxCapacities];
+};
+
+// Shared memory of placing.
+template <int kWarps>
+struct Room {
+  int64_t* first_P;          // row where the next chunk's entries of a path begin
+  int* sums;                 // [S][2][padded]: partial sums of counts, of all blocks and of those before this
+  unsigned short* count_WP;  // entries of a chunk by warp
+  int* place_P;              // [padded + 1]: where a path begins among the entries of a chunk
+
+  // How the threads share the sums: `width` along a row of counts, `height` rows.
+  static __host__ __device__ int width(int vectors) {
+    int x = 8;
+    while (x < kWarps * 32 && x < vectors) x *= 2;
+    return x;
+  }
+  static __host__ __device__ int height(int vectors) {
+    return kWarps * 32 / width(vectors) < kMaxSums ? kWarps * 32 / width(vectors) : kMaxSums;
+  }
+  static size_t bytes(int padded_paths, int vectors) {
+    return padded_paths * (sizeof(int64_t) + 2 * height(vectors) * sizeof(int) + kWarps * sizeof(short) + sizeof(int)) +
+        sizeof(int);
+  }
+  __device__ Room(char* shared, int padded_paths, int vectors) {
+    first_P = reinterpret_cast<int64_t*>(shared);
+    sums = reinterpret_cast<int*>(first_P + padded_paths);
+    count_WP = reinterpret_cast<unsigned short*>(sums + 2 * height(vectors) * padded_paths);
+    place_P = reinterpret_cast<int*>(count_WP + kWarps * padded_paths);
+  }
+};
+
+// Sum of `value` over the threads before this one, and over all of them.
+template <int kWarps, class T>
+__device__ T sum_before(T value, T& total) {
+  __shared__ T sum_W[kWarps];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  T upto = value;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const T other = __shfl_up_sync(0xffffffffu, upto, step);
+    if (lane >= step) upto += other;
+  }
+  if (lane == 31) sum_W[warp] = upto;
+  __syncthreads();
+  T before = upto - value;
+  total = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    if (w < warp) before += sum_W[w];
+    total += sum_W[w];
+  }
+  __syncthreads();
+  return before;
+}
+
+// Partial sums of the counts of all blocks.
+template <int kWarps, class Count>
+__device__ void sum_counts(const Count* count_BP, int padded_paths, int* sums) {
+  constexpr int kVector = 16 / sizeof(Count), kBatch = 4;  // loads in flight
+  const int vectors = padded_paths / kVector;
+  const int width = Room<kWarps>::width(vectors), height = Room<kWarps>::height(vectors);
+  const int x = threadIdx.x % width, y = threadIdx.x / width;
+  if (y >= height) return;
+  for (int v = x; v < vectors; v += width) {
+    int total[kVector] = {}, before[kVector] = {};
+    for (unsigned first = y; first < gridDim.x; first += height * kBatch) {
+      uint4 raw[kBatch];
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) {
+        // From L2: lines of an earlier launch's counts must not be met in L1
+        const unsigned b = first + u * height;
+        raw[u] = make_uint4(0, 0, 0, 0);
+        if (b < gridDim.x) raw[u] = __ldcg(reinterpret_cast<const uint4*>(count_BP + int64_t{b} * padded_paths) + v);
+      }
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) {
+        Pack<Count, kVector> count;
+        memcpy(&count, &raw[u], sizeof count);
+#pragma unroll
+        for (int j = 0; j < kVector; ++j) {
+          total[j] += count.v[j];
+          before[j] += first + u * height < blockIdx.x ? (int)count.v[j] : 0;
+        }
+      }
+    }
+    int* to = sums + y * 2 * padded_paths + v * kVector;
+#pragma unroll
+    for (int j = 0; j < kVector; j += 4) {
+      *reinterpret_cast<int4*>(to + j) = make_int4(total[j], total[j + 1], total[j + 2], total[j + 3]);
+      *reinterpret_cast<int4*>(to + padded_paths + j) =
+          make_int4(before[j], before[j + 1], before[j + 2], before[j + 3]);
+    }
+  }
+}
+
+__device__ int64_t rounded_up(int64_t value, int64_t multiple) {
+  return multiple == 1 ? value : (value + multiple - 1) / multiple * multiple;
+}
+
+// first_P of this block; of all rows those that no entry takes become -1.
+template <int kWarps>
+__device__ void begin_rows(const Rows& to, const Room<kWarps>& room, int num_paths, int padded_paths, int height) {
+  constexpr int kThreads = kWarps * 32;
+  int64_t end = 0;
+  for (int base = 0; base < padded_paths; base += kThreads) {
+    const int p = base + threadIdx.x;
+    int total = 0, before = 0;
+    if (p < padded_paths) {
+      for (int y = 0; y < height; ++y) {
+        total += room.sums[y * 2 * padded_paths + p];
+        before += room.sums[(y * 2 + 1) * padded_paths + p];
+      }
+    }
+    const int64_t rows = rounded_up(total, to.multiple);
+    int64_t all;
+    const int64_t start = end + sum_before<kWarps>(rows, all);
+    end += all;
+    if (p >= padded_paths) continue;
+    room.first_P[p] = start + before;
+    room.sums[p] = total - before;  // rows of the path from first_P on
+    if (blockIdx.x == 0 && p < num_paths) to.offsets_P1[p + 1] = start + rows;
+  }
+  if (blockIdx.x == 0 && threadIdx.x == 0) to.offsets_P1[0] = 0;
+  const auto leave = [&](int64_t r) { to.cell_R[r] = to.slot_R[r] = -1; };
+  const int64_t stride = int64_t{gridDim.x} * kThreads;
+  for (int64_t r = end + int64_t{blockIdx.x} * kThreads + threadIdx.x; r < to.num_rows; r += stride) leave(r);
+  __syncthreads();
+  if (to.multiple == 1) return;
+  for (int p = blockIdx.x; p < num_paths; p += gridDim.x) {
+    const int64_t last = room.first_P[p] + room.sums[p], stop = rounded_up(last, to.multiple);
+    for (int64_t r = last + threadIdx.x; r < stop; r += kThreads) leave(r);
+  }
+}
+
+// first_P counts the entries of the path that were served before.
+template <int kWarps>
+__device__ void begin_rows(const Kept&, const Room<kWarps>& room, int, int padded_paths, int height) {
+  for (int p = threadIdx.x; p < padded_paths; p += kWarps * 32) {
+    int before = 0;
+    for (int y = 0; y < height; ++y) before += room.sums[(y * 2 + 1) * padded_paths + p];
+    room.first_P[p] = before;
+  }
+  __syncthreads();
+}
+
 // Number of entries of this warp's 32 that have the same path, before this one; counts them into count_P.
-__device__ int rank_in_step(int path, int* count_P, int lane) {
+__device__ int rank_in_step(int path, unsigned short* count_P, int lane) {
   const unsigned same = __match_any_sync(0xffffffffu, path);
   const int before = __popc(same & ((1u << lane) - 1));
   int base = 0;
   if (path >= 0) base = count_P[path];
   __syncwarp();
-  if (path >= 0 && before == 0) count_P[path] = base + __popc(same);
+  if (path >= 0 && before == 0) count_P[path] = (unsigned short)(base + __popc(same));
   __syncwarp();
   return base + before;
 }
 
-template <class T>
-__global__ void __launch_bounds__(kWarps * 32) count_paths(Entries<T> entries, int* count_PB, int* ended,
-                                                           int64_t* cell_R, int64_t* slot_R, int64_t num_rows) {
-  extern __shared__ int count_P[];
-  const int num_paths = (int)entries.num_paths;
-  if (blockIdx.x == 0 && threadIdx.x == 0) *ended = 0;
-  for (int p = threadIdx.x; p < num_paths; p += blockDim.x) count_P[p] = 0;
-  __syncthreads();
-  const int64_t first = int64_t{blockIdx.x} * kEntries;
-#pragma unroll
-  for (int s = 0; s < kSteps; ++s) {
-    const int path = entries.path(first + s * kWarps * 32 + threadIdx.x);
-    if (path >= 0) atomicAdd(count_P + path, 1);
-  }
-  // Every row is no cell until an entry takes it
-  const int64_t stride = int64_t{gridDim.x} * blockDim.x;
-  for (int64_t r = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; r < num_rows; r += stride) {
-    cell_R[r] = -1;
-    slot_R[r] = -1;
-  }
-  __syncthreads();
-  for (int p = threadIdx.x; p < num_paths; p += blockDim.x) count_PB[int64_t{p} * gridDim.x + blockIdx.x] = count_P[p];
-}
+// How a block learns what the others count.
+enum class Counts {
+  kGiven,     // by the launch before
+  kTogether,  // by this launch: a cooperative one, of spans of one chunk
+  kAlone,     // it need not: its span is a group
+};
 
-// One warp a path: count_PB becomes the entries of the blocks before; load_P the total.
-__global__ void __launch_bounds__(256) offset_paths(int* count_PB, int* load_P, int64_t* offsets_P1, int* ended,
-                                                    int num_paths, int num_blocks, int64_t multiple) {
-  __shared__ bool last;
-  __shared__ int64_t sums[256];
-  const int lane = threadIdx.x % 32, p = blockIdx.x * 8 + threadIdx.x / 32;
-  // 1. Over the blocks of a path
-  if (p < num_paths) {
-    int* count_B = count_PB + int64_t{p} * num_blocks;
-    int total = 0;
-    for (int first = 0; first < num_blocks; first += 32) {
-      const int b = first + lane, count = b < num_blocks ? count_B[b] : 0;
-      int upto = count;
-      for (int step = 1; step < 32; step *= 2) {
-        const int other = __shfl_up_sync(0xffffffffu, upto, step);
-        if (lane >= step) upto += other;
+template <int kWarps, Counts kCounts, class T, class Count, class To>
+__global__ void __launch_bounds__(kWarps * 32, 1024 / (kWarps * 32))
+    place_entries(Entries<T> entries, unsigned span_size, Count* count_BP, int padded_paths, To to, ErrorWord* errors) {
+  constexpr bool kRows = std::is_same_v<To, Rows>;
+  constexpr int kThreads = kWarps * 32, kChunk = kThreads * kSteps;
+  extern __shared__ __align__(16) char shared[];
+  __shared__ unsigned sorted[kRows ? kChunk : 1];  // path << 16 | position in the chunk, by path
+  const int vectors = padded_paths * (int)sizeof(Count) / 16;
+  const Room<kWarps> room(shared, padded_paths, vectors);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const Span span(entries.num_entries, span_size);
+  const auto position = [&](int s) { return (unsigned)((warp * kSteps + s) * 32 + lane); };
+
+  for (unsigned from = span.first; from < span.last || from == span.first; from += kChunk) {
+    // 1. Rank among the entries of the warp, which are consecutive
+    int path[kSteps], rank[kSteps];
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+      path[s] = from + position(s) < span.last ? entries.path(from + position(s), errors) : -1;
+    }
+    for (int i = threadIdx.x; i < kWarps * padded_paths / 2; i += kThreads) {
+      reinterpret_cast<unsigned*>(room.count_WP)[i] = 0;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+      rank[s] = rank_in_step(path[s], room.count_WP + warp * padded_paths, lane);
+    }
+    __syncthreads();
+    // 2. Counts become the entries of the warps before; places of the paths among the entries of the chunk
+    int num_placed = 0;
+    for (int base = 0; base < padded_paths; base += kThreads) {
+      const int p = base + threadIdx.x;
+      int upto = 0;
+      if (p < padded_paths) {
+        int count_W[kWarps];
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) count_W[w] = room.count_WP[w * padded_paths + p];
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) {
+          room.count_WP[w * padded_paths + p] = (unsigned short)upto;
+          upto += count_W[w];
+        }
+        if (kCounts == Counts::kTogether) count_BP[int64_t{blockIdx.x} * padded_paths + p] = (Count)upto;
       }
-      if (b < num_blocks) count_B[b] = total + upto - count;
-      total += __shfl_sync(0xffffffffu, upto, 31);
+      int all;
+      const int place = num_placed + sum_before<kWarps>(upto, all);
+      if (p < padded_paths) room.place_P[p] = place;
+      num_placed += all;
     }
-    if (lane == 0) load_P[p] = total;
-  }
-  // 2. Over the paths, by the last block that ends
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) last = atomicAdd(ended, 1) == (int)gridDim.x - 1;
-  __syncthreads();
-  if (!last) return;
-  __threadfence();
-  int64_t before = 0;
-  if (threadIdx.x == 0) offsets_P1[0] = 0;
-  for (int first = 0; first < num_paths; first += 256) {
-    const int q = first + threadIdx.x;
-    int64_t upto = q < num_paths ? (*(volatile int*)(load_P + q) + multiple - 1) / multiple * multiple : 0;
-    sums[threadIdx.x] = upto;
+    if (threadIdx.x == 0) room.place_P[padded_paths] = num_placed;
+    // 3. Where the paths begin
+    if (from == span.first) {
+      if constexpr (kCounts == Counts::kAlone) {
+        for (int p = threadIdx.x; p < padded_paths; p += kThreads) room.first_P[p] = 0;
+      } else {
+        if constexpr (kCounts == Counts::kTogether) {
+          cooperative_groups::this_grid().sync();
+        } else {
+#if __CUDA_ARCH__ >= 900
+          asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+        }
+        sum_counts<kWarps>(count_BP, padded_paths, room.sums);
+        __syncthreads();
+        begin_rows(to, room, entries.num_paths, padded_paths, Room<kWarps>::height(vectors));
+      }
+    }
     __syncthreads();
-    for (int step = 1; step < 256; step *= 2) {
-      const int64_t other = (int)threadIdx.x >= step ? sums[threadIdx.x - step] : 0;
-      __syncthreads();
-      sums[threadIdx.x] = upto += other;
-      __syncthreads();
+    // 4. Results, in the order of entries
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+      const unsigned i = from + position(s);
+      if (i >= span.last) continue;
+      const unsigned e = entries.entry(i);
+      int64_t row = -1;
+      if (path[s] >= 0) {
+        const int within = room.count_WP[warp * padded_paths + path[s]] + rank[s];
+        row = room.first_P[path[s]] + within;
+        if constexpr (kRows) sorted[room.place_P[path[s]] + within] = (unsigned)path[s] << 16 | position(s);
+      }
+      if constexpr (kRows) {
+        to.row_NK[e] = row;
+      } else {
+        const int limit = path[s] < 0 ? 0 : to.limits[to.count == 1 ? 0 : path[s]];
+        to.path_E[e] = row < limit ? path[s] : -1;
+      }
     }
-    if (q < num_paths) offsets_P1[q + 1] = before + upto;
-    before += sums[255];
+    // 5. Results, in the order of rows: neighbours lie beside each other
+    if constexpr (kRows) {
+      __syncthreads();
+      for (int j = threadIdx.x; j < num_placed; j += kThreads) {
+        const int p = (int)(sorted[j] >> 16);
+        const unsigned e = from + (sorted[j] & 0xffff);
+        const int64_t row = room.first_P[p] + (j - room.place_P[p]);
+        to.slot_R[row] = e;
+        to.cell_R[row] = e / entries.num_choices;
+      }
+    }
+    // 6. On to the next chunk
+    if (kCounts == Counts::kTogether || from + kChunk >= span.last) break;
+    __syncthreads();
+    for (int p = threadIdx.x; p < padded_paths; p += kThreads) {
+      room.first_P[p] += room.place_P[p + 1] - room.place_P[p];
+    }
     __syncthreads();
   }
 }
 
-// kDrop: writes the path of each entry, -1 beyond its capacity; else its row, and the row's cell and slot.
-template <class T, bool kDrop>
-__global__ void __launch_bounds__(kWarps * 32) place_entries(Entries<T> entries, const int* count_PB,
-                                                             const int64_t* offsets_P1, int64_t* row_NK,
-                                                             int64_t* cell_R, int64_t* slot_R, int64_t num_rows,
-                                                             int* path_E, Capacities capacities) {
-  extern __shared__ int count_WP[];
-  const int num_paths = (int)entries.num_paths, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  for (int i = threadIdx.x; i < kWarps * num_paths; i += blockDim.x) count_WP[i] = 0;
-  __syncthreads();
-  // 1. Rank among the entries of the warp, which are consecutive
-  const int64_t first = int64_t{blockIdx.x} * kEntries + warp * 32 * kSteps;
-  int path[kSteps], rank[kSteps];
-#pragma unroll
-  for (int s = 0; s < kSteps; ++s) {
-    path[s] = entries.path(first + s * 32 + lane);
-    rank[s] = rank_in_step(path[s], count_WP + warp * num_paths, lane);
+// ---- Launches ----
+
+struct Plan {
+  unsigned blocks, span;  // entries of a block
+  int padded_paths;
+  bool wide;      // blocks of 16 warps, not of 8: where there are not so many paths that they need the room
+  bool narrow;    // counts fit 16 bits
+  bool together;  // count and place in one launch
+  bool overlap;   // the second launch may begin before the first ends
+};
+
+Plan plan_for(int64_t num_entries, int64_t num_paths, int device) {
+  Plan plan{};
+  plan.wide = num_paths <= 1024;
+  // Every block reads the counts of all blocks
+  const int64_t most_blocks = num_paths <= 512 ? 256 : 64, chunk_size = (plan.wide ? 16 : 8) * 32 * kSteps;
+  const int64_t chunks = (num_entries + chunk_size - 1) / chunk_size;
+  const int64_t span = (chunks + most_blocks - 1) / most_blocks * chunk_size;
+  int major = 0, num_sms = 0;
+  BRT_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  BRT_CUDA_CHECK(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device));
+  plan.span = (unsigned)(span > 0 ? span : chunk_size);
+  plan.blocks = (unsigned)(num_entries > 0 ? (num_entries + plan.span - 1) / plan.span : 1);
+  plan.padded_paths = (int)std::max<int64_t>(8, (num_paths + 7) / 8 * 8);
+  plan.narrow = plan.span <= 0xffff;
+  if (!plan.narrow) plan.wide = false;  // a chunk of either size divides the span
+  plan.together = plan.wide && plan.span == chunk_size && plan.blocks <= (unsigned)num_sms;
+  plan.overlap = major >= 9;
+  return plan;
+}
+
+template <int kWarps, Counts kCounts, class T, class Count, class To>
+void place(Entries<T> entries, const To& to, const Plan& plan, Count* counts, ErrorWord* errors, cudaStream_t stream) {
+  const auto kernel = place_entries<kWarps, kCounts, T, Count, To>;
+  const size_t shared = Room<kWarps>::bytes(plan.padded_paths, plan.padded_paths * (int)sizeof(Count) / 16);
+  if (shared > 38 << 10) {  // with the arrays of static size, 48 KiB are given unasked
+    BRT_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
   }
-  __syncthreads();
-  // 2. Counts become the entries of the warps, and the blocks, before
-  for (int p = threadIdx.x; p < num_paths; p += blockDim.x) {
-    int before = count_PB[int64_t{p} * gridDim.x + blockIdx.x];
-    for (int w = 0; w < kWarps; ++w) {
-      const int count = count_WP[w * num_paths + p];
-      count_WP[w * num_paths + p] = before;
-      before += count;
-    }
+  cudaLaunchAttribute attribute{};
+  if (kCounts == Counts::kTogether) {
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+  } else {
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
   }
-  __syncthreads();
-  // 3. Results
-  const int64_t num_entries = entries.num_cells * entries.num_choices;
-#pragma unroll
-  for (int s = 0; s < kSteps; ++s) {
-    const int64_t i = first + s * 32 + lane;
-    if (i >= num_entries) continue;
-    const int64_t e = entries.entry(i);
-    const int64_t place = path[s] < 0 ? -1 : int64_t{count_WP[warp * num_paths + path[s]]} + rank[s];
-    if (kDrop) {
-      const int limit = path[s] < 0 ? 0 : capacities.values[capacities.count == 1 ? 0 : path[s]];
-      path_E[e] = path[s] >= 0 && place < limit ? path[s] : -1;
-      continue;
-    }
-    const int64_t row = path[s] < 0 ? -1 : offsets_P1[path[s]] + place;
-    row_NK[e] = row;
-    if (row >= 0 && row < num_rows) {
-      slot_R[row] = e;
-      cell_R[row] = e / entries.num_choices;
-    }
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(plan.blocks);
+  config.blockDim = dim3(kWarps * 32);
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = kCounts == Counts::kTogether || (kCounts == Counts::kGiven && plan.overlap) ? 1 : 0;
+  BRT_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, entries, plan.span, counts, plan.padded_paths, to, errors));
+}
+
+template <int kWarps, class T, class Count, class To>
+void count_and_place(Entries<T> entries, const To& to, const Plan& plan, void* room, ErrorWord* errors,
+                     cudaStream_t stream) {
+  const auto counts = static_cast<Count*>(room);
+  if constexpr (kWarps == 16 && sizeof(Count) == 2) {
+    if (plan.together) return place<kWarps, Counts::kTogether>(entries, to, plan, counts, errors, stream);
   }
+  count_paths<kWarps, T, Count><<<plan.blocks, kWarps * 32, plan.padded_paths * sizeof(int), stream>>>(
+      entries, plan.span, counts, plan.padded_paths, errors);
+  place<kWarps, Counts::kGiven>(entries, to, plan, counts, nullptr, stream);
 }
 
 using Routed = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
+int64_t cells_of_group(const RouteOptions& options, int64_t num_cells) {
+  return options.group_size > 0 ? std::min(options.group_size, num_cells) : num_cells;
+}
+
+// The order in which the cells of each group are served: descending priority, stable, as torch sorts.
+Tensor served_order(const Tensor& priority_N, int64_t num_cells, int64_t group_cells) {
+  const int64_t shape[2] = {num_cells / group_cells, group_cells};
+  const Tensor priority_GS = torch::stable::reshape(priority_N, {shape, 2});
+  StableIValue stack[4] = {torch::stable::detail::from(priority_GS), torch::stable::detail::from(true),
+                           torch::stable::detail::from(int64_t{-1}), torch::stable::detail::from(true)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::argsort", "stable", stack, TORCH_ABI_VERSION));
+  return as_contiguous(torch::stable::detail::to<Tensor>(stack[0]));
+}
+
 template <class T>
-Routed carry_out(const Tensor& like, Entries<T> entries, const RouteOptions& options, cudaStream_t stream) {
+Routed carry_out(const Tensor& like, const T* decision, int64_t num_choices, int64_t num_paths, bool mask,
+                 const RouteOptions& options, const std::optional<Tensor>& priority, cudaStream_t stream) {
   // 1. Room
-  const int64_t num_entries = checked_size(entries.num_cells, entries.num_choices, 0), num_paths = entries.num_paths;
+  const int64_t num_cells = like.size(0), num_entries = checked_size(num_cells, num_choices, 0);
   BRT_CHECK(num_entries < (int64_t{1} << 31), num_entries, " choices are too many");
   const int64_t num_rows = checked_size(num_paths, options.multiple - 1, num_entries);
+  const Plan plan = plan_for(num_entries, num_paths, like.get_device_index());
   Tensor cell_R = new_empty(like, {num_rows}, ScalarType::Long), slot_R = new_empty(like, {num_rows}, ScalarType::Long);
-  Tensor row_NK = new_empty(like, {entries.num_cells, entries.num_choices}, ScalarType::Long);
+  Tensor row_NK = new_empty(like, {num_cells, num_choices}, ScalarType::Long);
   Tensor offsets_P1 = new_empty(like, {num_paths + 1}, ScalarType::Long);
-  const unsigned blocks = blocks_for(num_entries > 0 ? num_entries : 1, kEntries);
-  const Tensor count_PB = new_empty(like, {num_paths * blocks + num_paths + 1}, ScalarType::Int);
-  int* counts = mutable_data_of<int>(count_PB);
-  int *load_P = counts + num_paths * blocks, *ended = load_P + num_paths;
-  Capacities capacities{};
-  if (options.capacity) {
+  const int64_t counts_size = int64_t{plan.blocks} * plan.padded_paths;
+  const Tensor count_BP = new_empty(like, {plan.narrow ? counts_size / 2 : counts_size}, ScalarType::Int);
+  void* counts = mutable_data_of<int>(count_BP);
+  Entries<T> entries{decision, (unsigned)num_cells, (unsigned)num_choices, (unsigned)num_entries, (int)num_paths,
+                     mask, 0, nullptr};
+  const auto run = [&](auto some, const auto& to, ErrorWord* errors) {
+    if (plan.narrow && plan.wide) {
+      count_and_place<16, decltype(some.element()), unsigned short>(some, to, plan, counts, errors, stream);
+    } else if (plan.narrow) {
+      count_and_place<8, decltype(some.element()), unsigned short>(some, to, plan, counts, errors, stream);
+    } else {
+      count_and_place<8, decltype(some.element()), int>(some, to, plan, counts, errors, stream);
+    }
+  };
+  const Rows rows{mutable_data_of<int64_t>(row_NK), mutable_data_of<int64_t>(cell_R), mutable_data_of<int64_t>(slot_R),
+                  mutable_data_of<int64_t>(offsets_P1), num_rows, options.multiple};
+  // 2. Without the entries beyond a capacity
+  if (options.capacity && num_entries > 0) {
+    const Tensor path_NK = new_empty(like, {num_cells, num_choices}, ScalarType::Int);
+    Kept kept{mutable_data_of<int>(path_NK), 0, {}};
     BRT_CHECK(options.capacity->size() <= kMaxCapacities, "on CUDA up to ", kMaxCapacities, " capacities, got ",
               options.capacity->size());
     for (const int64_t value : *options.capacity) {
-      capacities.values[capacities.count++] = (int)std::max<int64_t>(0, std::min<int64_t>(value, 0x7fffffff));
+      kept.limits[kept.count++] = (int)std::max<int64_t>(0, std::min<int64_t>(value, 0x7fffffff));
     }
-  }
-  const size_t shared = num_paths * sizeof(int);
-  const auto count_and_offset = [&](auto some) {
-    count_paths<<<blocks, kWarps * 32, shared, stream>>>(some, counts, ended, mutable_data_of<int64_t>(cell_R),
-                                                         mutable_data_of<int64_t>(slot_R), num_rows);
-    offset_paths<<<std::max<unsigned>(1, blocks_for(num_paths, 8)), 256, 0, stream>>>(
-        counts, load_P, mutable_data_of<int64_t>(offsets_P1), ended, (int)num_paths, (int)blocks, options.multiple);
-  };
-  const auto place = [&](auto kernel, auto some, int* path_E) {
-    BRT_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)(kWarps * shared)));
-    kernel<<<blocks, kWarps * 32, kWarps * shared, stream>>>(
-        some, counts, data_of<int64_t>(offsets_P1), mutable_data_of<int64_t>(row_NK), mutable_data_of<int64_t>(cell_R),
-        mutable_data_of<int64_t>(slot_R), num_rows, path_E, capacities);
-  };
-  // 2. Without the entries beyond a capacity
-  if (options.capacity) {
-    const Tensor kept = new_empty(like, {num_entries}, ScalarType::Int);
-    entries.served = true;
-    count_and_offset(entries);
-    place(place_entries<T, true>, entries, mutable_data_of<int>(kept));
-    const Entries<int> rest{data_of<int>(kept), entries.num_cells, entries.num_choices, num_paths, false, false};
-    count_and_offset(rest);
-    place(place_entries<int, false>, rest, nullptr);
+    const int64_t group_cells = cells_of_group(options, num_cells);
+    std::optional<Tensor> order_GS;
+    if (priority.has_value()) order_GS = served_order(*priority, num_cells, group_cells);
+    entries.group_cells = (unsigned)group_cells;
+    entries.order_GS = order_GS ? data_of<int64_t>(*order_GS) : nullptr;
+    if (group_cells < num_cells) {
+      Plan groups = plan;
+      groups.span = (unsigned)(group_cells * num_choices);
+      groups.blocks = blocks_for(num_cells, group_cells);
+      place<8, Counts::kAlone>(entries, kept, groups, static_cast<int*>(nullptr), error_word(), stream);
+    } else {
+      run(entries, kept, error_word());
+    }
+    run(Entries<int>{kept.path_E, entries.num_cells, entries.num_choices, entries.num_entries, entries.num_paths, false,
+                     0, nullptr}, rows, nullptr);
   } else {
-    count_and_offset(entries);
-    place(place_entries<T, false>, entries, nullptr);
+    run(entries, rows, error_word());
   }
   BRT_LAUNCHED();
   return {cell_R, slot_R, row_NK, offsets_P1};
 }
 
-void check_supported(const RouteOptions& options, const std::optional<Tensor>& priority, int64_t num_paths) {
+void check_supported(const RouteOptions& options, const std::optional<Tensor>& priority, int64_t num_cells,
+                     int64_t num_choices, int64_t num_paths) {
   BRT_CHECK(num_paths <= kMaxPaths, "on CUDA up to ", kMaxPaths, " paths, got ", num_paths);
-  BRT_CHECK(!options.capacity || (!priority.has_value() && options.group_size == 0),
-            "on CUDA a capacity is given first come, in one group");
+  const int64_t group_cells = cells_of_group(options, num_cells);
+  if (!options.capacity || group_cells == num_cells) return;
+  BRT_CHECK(checked_size(group_cells, num_choices, 0) <= kMaxGroupEntries, "on CUDA a group has up to ",
+            kMaxGroupEntries, " choices, got ", group_cells * num_choices);
+  BRT_CHECK(!priority.has_value() || num_cells % group_cells == 0,
+            "on CUDA groups of cells with priorities are of one size, got ", num_cells, " cells in groups of ",
+            group_cells);
 }
 
 }  // namespace
@@ -240,29 +536,28 @@ Routed route_cuda(const Tensor& choice, int64_t num_paths, std::optional<std::ve
                   const std::optional<Tensor>& priority, int64_t group_size, int64_t multiple) {
   check_index(choice, "choice_NK", 2);
   const RouteOptions options = checked_options(choice, num_paths, std::move(capacity), priority, group_size, multiple);
-  check_supported(options, priority, num_paths);
+  check_supported(options, priority, choice.size(0), choice.size(1), num_paths);
   const OnDevice device(choice);
   const Tensor choice_NK = as_contiguous(choice);
   if (choice.scalar_type() == ScalarType::Int) {
-    return carry_out(choice_NK, Entries<int>{data_of<int>(choice_NK), choice.size(0), choice.size(1), num_paths, false,
-                                             false}, options, device.stream());
+    return carry_out(choice_NK, data_of<int>(choice_NK), choice.size(1), num_paths, false, options, priority,
+                     device.stream());
   }
-  return carry_out(choice_NK, Entries<int64_t>{data_of<int64_t>(choice_NK), choice.size(0), choice.size(1), num_paths,
-                                               false, false}, options, device.stream());
+  return carry_out(choice_NK, data_of<int64_t>(choice_NK), choice.size(1), num_paths, false, options, priority,
+                     device.stream());
 }
 
 Routed route_mask_cuda(const Tensor& mask, std::optional<std::vector<int64_t>> capacity,
                        const std::optional<Tensor>& priority, int64_t group_size, int64_t multiple) {
   check_mask(mask, "mask_NP", 2);
-  const int64_t num_cells = mask.size(0), num_paths = mask.size(1);
+  const int64_t num_paths = mask.size(1);
   const RouteOptions options = checked_options(mask, num_paths, std::move(capacity), priority, group_size, multiple);
-  check_supported(options, priority, num_paths);
+  check_supported(options, priority, mask.size(0), num_paths, num_paths);
   const OnDevice device(mask);
   const Tensor mask_NP = as_contiguous(mask);
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    return carry_out(mask_NP, Entries<T>{data_of<T>(mask_NP), num_cells, num_paths, num_paths, true, false}, options,
-                     device.stream());
+    return carry_out(mask_NP, data_of<T>(mask_NP), num_paths, num_paths, true, options, priority, device.stream());
   };
   if (mask.element_size() == 1) return run(uint8_t{});
   return mask.element_size() == 4 ? run(int32_t{}) : run(int64_t{});

@@ -1,6 +1,6 @@
 // row_dot: out[r] = <rows[r], cells[cell[r]]>, zero where cell[r] is no cell.
 // N cells, S trailing cell sizes, R rows, K choices.
-#include "common.cuh"
+#include "device_error.cuh"
 
 namespace brt {
 namespace {
@@ -8,7 +8,8 @@ namespace {
 // One warp a row.
 template <class T, int kCount>
 __global__ void __launch_bounds__(256) dot_rows(float* out_R, const T* rows, const T* cells, const int64_t* cell_R,
-                                                int64_t num_rows, int64_t num_cells, int64_t width) {
+                                                int64_t num_rows, int64_t num_cells, int64_t width,
+                                                ErrorWord* errors) {
   const int64_t r = int64_t{blockIdx.x} * 8 + threadIdx.x / 32;
   if (r >= num_rows) return;
   const int lane = threadIdx.x % 32;
@@ -23,6 +24,8 @@ __global__ void __launch_bounds__(256) dot_rows(float* out_R, const T* rows, con
 #pragma unroll
       for (int j = 0; j < kCount; ++j) total += to_float(x.v[j]) * to_float(y.v[j]);
     }
+  } else if (cell != -1 && lane == 0) {
+    tell(errors, Where::kRowDotCell, cell, num_cells, r);
   }
   for (int step = 16; step > 0; step /= 2) total += __shfl_xor_sync(0xffffffffu, total, step);
   if (lane == 0) out_R[r] = total;
@@ -59,10 +62,10 @@ Tensor row_dot_cuda(const Tensor& rows, const Tensor& cells, const Tensor& cell,
     const unsigned blocks = blocks_for(num_rows, 8);
     if (numel % kWide == 0 && aligned16(a) && aligned16(b)) {
       dot_rows<T, kWide><<<blocks, 256, 0, device.stream()>>>(out, a, b, data_of<int64_t>(cell_R), num_rows,
-                                                              cells.size(0), numel / kWide);
+                                                              cells.size(0), numel / kWide, error_word());
     } else {
       dot_rows<T, 1><<<blocks, 256, 0, device.stream()>>>(out, a, b, data_of<int64_t>(cell_R), num_rows,
-                                                          cells.size(0), numel);
+                                                          cells.size(0), numel, error_word());
     }
   });
   BRT_LAUNCHED();

@@ -10,6 +10,7 @@ import itertools
 import torch
 from torch import Tensor
 
+from brt import checks
 from brt._inductor import allow_unbacked_convolutions
 from brt.ops.registry import Operator
 
@@ -25,6 +26,7 @@ def path_sizes(offsets_P1: Tensor) -> tuple[int, ...]:
     """
     if type(offsets_P1) is Tensor and not torch.compiler.is_compiling():
         loads = offsets_P1.tolist()
+        checks.raise_found(offsets_P1.device)  # the host has just waited
         return tuple(b - a for a, b in itertools.pairwise(loads))
     carriers = torch.ops.brt.path_sizes(offsets_P1)
     return tuple(carrier.shape[0] for carrier in carriers)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from brt import plugins
+from brt import checks, plugins
 from brt.errors import KernelError
 from brt.specs import KernelSpec
 
@@ -100,7 +100,10 @@ class Operator:
 
     def run(self, *args: Any) -> Any:
         """The operator itself: choose a kernel for these arguments and run its forward."""
-        return self.choose(args).forward(*args)
+        out = self.choose(args).forward(*args)
+        if checks.at_once():
+            checks.raise_found(torch.device(_device_of(args)), wait=True)
+        return out
 
     def choose(self, args: tuple[Any, ...]) -> KernelSpec:
         """The kernel for these arguments; an error that lists every refusal where none fits."""

@@ -23,6 +23,9 @@ _MAX_GROUPS = 1023
 _LAUNCH_US = 20.0
 _FLOPS_PER_US = 2e8
 _CPU_FLOPS_PER_US = 1e5
+# Weights' gradients on an H200: writing them takes most of the time
+_OUTER_FLOPS_PER_US = 8.4e8
+_OUTER_BYTES_PER_US = 2.6e6
 
 # Convolutions: the most operations in a microsecond, the channels of a group at which half of them
 # are reached, and how steeply. Measured with one thread of an AVX-512 CPU that multiplies bfloat16.
@@ -115,8 +118,9 @@ def _estimate_linear(x_RI: Tensor, offsets_P1: Tensor, weight_POI: Tensor, *_: A
 
 
 def _estimate_outer(y_RO: Tensor, x_RI: Tensor, offsets_P1: Tensor) -> float:
-    flops = 2 * x_RI.shape[0] * x_RI.shape[1] * y_RO.shape[1]
-    return _LAUNCH_US + flops / _FLOPS_PER_US
+    num_weights = x_RI.shape[1] * y_RO.shape[1]
+    made = (offsets_P1.shape[0] - 1) * num_weights * x_RI.element_size() / _OUTER_BYTES_PER_US
+    return _LAUNCH_US + made + 2 * x_RI.shape[0] * num_weights / _OUTER_FLOPS_PER_US
 
 
 def _estimate_parts(*args: Any) -> float:
