@@ -1,0 +1,59 @@
+"""A rank that ends, or comes too late, is an error on the others within the group's timeout."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import Ranks
+
+import brt_dist
+from brt_dist.exchange import exchange_counts
+
+pytestmark = pytest.mark.dist
+TIMEOUT_S = 2.0
+
+
+def stopping(rank: int, when: str) -> float:
+    """Seconds until the error; rank 1 ends, or sleeps, before or after counts are exchanged."""
+    counts_WG = torch.ones(dist.get_world_size(), 2, dtype=torch.int64)
+    rows = torch.ones(int(counts_WG.sum()), 3, requires_grad=True)
+    if rank == 1 and when == "before":
+        os._exit(1)
+    if rank == 1 and when == "late":
+        time.sleep(2 * TIMEOUT_S)
+    if rank == 1 and when == "between":
+        exchange_counts((rows,), [counts_WG], dist.group.WORLD)
+        os._exit(1)
+    start = time.perf_counter()
+    with pytest.raises(brt_dist.ExchangeError, match=rf"it failed on rank {rank} \(of 3"):
+        there_and_back(rows, counts_WG, ends=rank == 1 and when == "backward")
+    return time.perf_counter() - start
+
+
+def there_and_back(rows: torch.Tensor, counts_WG: torch.Tensor, ends: bool) -> None:
+    came, _ = brt_dist.sparse_all_to_all(rows, counts_WG)
+    if ends:
+        os._exit(1)
+    came.sum().backward()
+
+
+@pytest.fixture
+def ranks() -> Iterator[Ranks]:
+    world = Ranks(3, TIMEOUT_S)
+    yield world
+    world.close()
+
+
+@pytest.mark.parametrize("when", ["before", "between", "backward", "late"])
+def test_a_rank_stops(when: str, ranks: Ranks) -> None:
+    outcomes = ranks.outcomes(stopping, when)
+    for rank in (0, 2):
+        is_good, seconds = outcomes[rank]
+        assert is_good, seconds
+        assert seconds < TIMEOUT_S + 2
+    assert outcomes[1][0] == (when == "late")
