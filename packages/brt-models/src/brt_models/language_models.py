@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import brt
-from brt_models import sparse_decoder, switch
+from brt_models import early_exit_decoder, mixture_of_depths, sparse_decoder, switch
 from brt_models.sparse_decoder import SparseBlockConfig
+from brt_models.workloads import dynamic_depth
 from brt_models.workloads import sparse_decoder as sparse_decoder_workloads
 from brt_models.workloads import switch as switch_workloads
 
@@ -46,6 +47,24 @@ MODELS = (
         "DeepSeek-V3, arXiv:2412.19437",
     ),
     _sparse_block("gpt-oss", "4 of 8 experts with a clamped activation", "arXiv:2508.10925"),
+    brt.ModelSpec(
+        name="mixture-of-depths",
+        summary="decoder whose every other layer takes only some tokens; random weights",
+        factory=mixture_of_depths.small,
+        sample=mixture_of_depths.sample,
+        title="Mixture-of-Depths",
+        cells="a token",
+        paper="Raposo et al. 2024, arXiv:2404.02258",
+    ),
+    brt.ModelSpec(
+        name="early-exit-decoder",
+        summary="decoder whose sequences leave at a layer that is sure; random weights",
+        factory=early_exit_decoder.small,
+        sample=early_exit_decoder.sample,
+        title="Early-exit decoder",
+        cells="a sequence",
+        paper="LayerSkip, arXiv:2404.16710; CALM, arXiv:2207.07061",
+    ),
 )
 
 PROTOCOLS = (brt.ProtocolSpec.of(sparse_decoder.GroupLimitedTopK),)
@@ -60,5 +79,15 @@ WORKLOADS = (
         name="sparse-block",
         summary="one sparse block of Mixtral, Qwen3-MoE, DeepSeek-V2/V3 or gpt-oss",
         factory=sparse_decoder_workloads.sparse_block,
+    ),
+    brt.WorkloadSpec(
+        name="mixture-of-depths",
+        summary="a decoder whose layers take only some tokens",
+        factory=dynamic_depth.mixture_of_depths,
+    ),
+    brt.WorkloadSpec(
+        name="early-exit-decoder",
+        summary="a decoder whose sequences leave at different layers",
+        factory=dynamic_depth.early_exit_decoder,
     ),
 )
