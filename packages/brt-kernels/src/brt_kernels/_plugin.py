@@ -5,6 +5,8 @@ Legend: R rows, I O D H features, P paths.
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,8 +19,10 @@ from brt.path_conv import conv_works
 from brt_kernels._load import load
 from brt_kernels._packed import PackedWeights
 from brt_kernels.ops import register_all_fakes
+from brt_kernels.triton import choice
 
 NAME = "brt-kernels"
+TRITON_NAME = "brt-triton"
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 INDICES = (torch.int32, torch.int64)
 MASKS = (torch.bool, torch.uint8, torch.int8, *INDICES)
@@ -290,6 +294,25 @@ def _device_error(index: int, wait: bool) -> str:
     return str(torch.ops.brt_kernels.device_error(index, wait))
 
 
+# op: file of brt_kernels.triton, and what decides without it
+TRITON: dict[str, tuple[str, Callable[..., str | None], Callable[..., float]]] = {
+    "grouped_linear": ("grouped_linear", choice.linear_refuses, choice.linear_us),
+    "grouped_outer": ("grouped_linear", choice.outer_refuses, choice.outer_us),
+    "expert_mlp": ("expert_mlp", choice.mlp_refuses, choice.mlp_us),
+}
+
+
+@functools.cache
+def _triton_forward(op: str) -> Callable[..., Tensor]:
+    file = importlib.import_module(f"brt_kernels.triton.{TRITON[op][0]}")
+    forward: Callable[..., Tensor] = getattr(file, op)
+    return forward
+
+
+def _by_triton(op: str) -> Callable[..., Tensor]:
+    return lambda *args: _triton_forward(op)(*args)  # Triton is imported at the first call
+
+
 @brt.hookimpl
 def brt_kernels() -> Iterator[KernelSpec]:
     libraries = load()
@@ -330,3 +353,13 @@ def brt_kernels() -> Iterator[KernelSpec]:
             refuses=_always(libraries.no_cuda) if libraries.no_cuda else cuda_refuses,
             estimate=estimate("cuda"),
         )
+    if choice.installed():
+        for op, (_, refuses, estimate) in TRITON.items():
+            yield KernelSpec(
+                op=op,
+                device="cuda",
+                name=TRITON_NAME,
+                forward=_by_triton(op),
+                refuses=_always(libraries.no_cuda) if libraries.no_cuda else refuses,
+                estimate=estimate,
+            )

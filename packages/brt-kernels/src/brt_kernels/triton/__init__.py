@@ -1,0 +1,1 @@
+"""Kernels that Triton compiles at their first call, where Triton is installed."""
