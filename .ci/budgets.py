@@ -18,7 +18,8 @@ BUDGETS = {
     "tests(kernels-alone)": 300,  # compiles them, for CUDA too
     "tests(kernels)": 240,
     "tests(all)": 240,
-    "wheels": 300,
+    "tests(dist)": 180,
+    "wheels": 360,
     "demo": 180,
     "build": 240,
     "thorough": 3600,
