@@ -263,7 +263,7 @@ def test_plugin() -> None:
 @pytest.mark.parametrize("batch", [1, 6])
 @torch.inference_mode()
 def test_variants_agree(batch: int) -> None:
-    workload = exit_workload(tiny(), 32, "50/25/25", batch, {})
+    workload = exit_workload("msdnet", tiny(), 32, "50/25/25", batch, {})
     assert f"{'10/5/5' if batch == 1 else '12/6/6'} leave at each exit" in workload.shapes
     assert workload.reference is not None
     wanted = [workload.reference(*arguments) for arguments in workload.sets]
@@ -277,10 +277,10 @@ def test_variants_agree(batch: int) -> None:
 
 
 def test_mixes() -> None:
-    assert all(sum(parse_mix(mix, 5)) == 100 for mix in MIXES)
+    assert all(sum(parse_mix("msdnet", mix, 5)) == 100 for mix in MIXES)
     for mix in ("1/2", "a/b/c", "0/0/0", "1/-1/1"):
         with pytest.raises(BrtError, match="mix must be 3 shares like 20/20/20"):
-            parse_mix(mix, 3)
+            parse_mix("msdnet", mix, 3)
 
 
 @torch.inference_mode()

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import brt
-from brt_models import dynamic_routing, msdnet, patch_sr
+from brt_models import dynamic_routing, msdnet, patch_sr, ranet
 from brt_models.adapters import ADAPTERS
 from brt_models.language_models import MODELS, PROTOCOLS, WORKLOADS
 from brt_models.workloads import dynamic_routing as dynamic_routing_workloads
 from brt_models.workloads import msdnet as msdnet_workloads
 from brt_models.workloads import patch_sr as patch_sr_workloads
+from brt_models.workloads import ranet as ranet_workloads
 
 
 @brt.hookimpl
@@ -55,6 +56,15 @@ def brt_models() -> Iterable[brt.ModelSpec]:
         cells="an image",
         paper="Li et al. (CVPR 2020)",
     )
+    yield brt.ModelSpec(
+        name="ranet",
+        summary="image classifier; easy images are recognised at a low resolution",
+        factory=ranet.small,
+        sample=ranet.sample,
+        title="RANet",
+        cells="an image",
+        paper="Yang et al. (CVPR 2020)",
+    )
     yield from MODELS
 
 
@@ -89,6 +99,11 @@ def brt_workloads() -> Iterable[brt.WorkloadSpec]:
         name="dynamic-routing",
         summary="street scenes of noise through a segmentation network of random gates",
         factory=dynamic_routing_workloads.segment,
+    )
+    yield brt.WorkloadSpec(
+        name="ranet",
+        summary="images leave RANet at the exits of a mix",
+        factory=ranet_workloads.early_exit,
     )
     yield from WORKLOADS
 

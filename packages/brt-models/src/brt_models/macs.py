@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def macs_of(
-    model: nn.Module, run: Callable[[Tensor], Any], x: Tensor, groups: Iterable[Sequence[nn.Module]]
+    model: nn.Module, run: Callable[[Any], Any], x: Any, groups: Iterable[Sequence[nn.Module]]
 ) -> list[int]:
     """Multiply-adds that convolutions and linear layers of each group spend in ``run(x)``.
 

@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from brt_models.msdnet.config import MSDNetConfig
+from brt_models.msdnet.config import MSDNetConfig, Stem
 
 
 class ConvNorm(nn.Module):
@@ -88,7 +88,7 @@ class FirstLayer(nn.Module):
     def __init__(self, config: MSDNetConfig) -> None:
         super().__init__()
         channels_S = [config.channels * factor for factor in config.factors]
-        self.layers = nn.ModuleList([_stem(config, channels_S[0])])
+        self.layers = nn.ModuleList([stem(config.stem, channels_S[0])])
         for finer, coarser in pairwise(channels_S):
             self.layers.append(ConvNorm(finer, coarser, stride=2))
 
@@ -170,8 +170,9 @@ def init_weights(modules: Iterable[nn.Module]) -> None:
             nn.init.zeros_(module.bias)
 
 
-def _stem(config: MSDNetConfig, channels: int) -> nn.Module:
-    if config.stem == "small":
+def stem(kind: Stem, channels: int) -> nn.Module:
+    """The first convolution: [N, 3, H, W] -> [N, channels, ...], a quarter of it for "imagenet"."""
+    if kind == "small":
         return ConvNorm(3, channels)
     return nn.Sequential(
         nn.Conv2d(3, channels, 7, 2, padding=3),

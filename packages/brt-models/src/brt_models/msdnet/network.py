@@ -1,35 +1,25 @@
-"""The network: blocks, classifiers, and the scatters through which images leave.
+"""The network: blocks, and a classifier behind each.
 
-Shape letters: N images (cells), C classes, H height, W width, K exits.
+Shape letters: N images (cells), C classes, H height, W width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from brt import Cells, GatherRouter, ScatterRouter, annotate
-from brt.errors import BrtError
-from brt.protocols import BinaryThreshold
-from brt_models.images import check_images, is_over
-from brt_models.macs import macs_of
+from brt_models.exits import ExitNetwork
 from brt_models.msdnet.config import MSDNetConfig
 from brt_models.msdnet.layers import Classifier, FirstLayer, Layer, Transition, init_weights
 
-torch.fx.wrap("check_images")  # it reads shapes, which a symbolic trace does not have
 
-
-class MSDNet(nn.Module):
+class MSDNet(ExitNetwork):
     """Images [N, 3, H, W] -> the logits [N, C] of the exit that each image took.
 
-    After every block but the last, an image leaves where its largest softmax probability is at
-    least that exit's threshold; in eager inference, blocks that no image reaches do not run. In
-    training mode every image goes through every block, and the logits of all exits are returned:
-    their losses are summed.
+    In training mode the result is the logits of every exit.
 
     Args:
         config: the shape.
@@ -58,70 +48,12 @@ class MSDNet(nn.Module):
             head = Classifier(coarsest, config.head_channels, config.num_classes)
             self.classifier.append(head)
         init_weights(self.modules())
-        # Without parameters: they add nothing to the checkpoint
-        self.exits = nn.ModuleList(
-            ScatterRouter(BinaryThreshold(0.9), 2) for _ in range(config.num_blocks - 1)
-        )
-        self.gather = GatherRouter(weighted=False)
-        self.set_thresholds(thresholds)
+        self.add_exits(config.num_blocks, thresholds)
 
-    def set_thresholds(self, thresholds: float | Sequence[float]) -> None:
-        """Leave each exit but the last where the softmax is at least so sure."""
-        num_exits = len(self.exits)
-        if isinstance(thresholds, (int, float)):
-            thresholds = (float(thresholds),) * num_exits
-        if len(thresholds) != num_exits:
-            raise BrtError(
-                f"MSDNet: {len(thresholds)} thresholds for {num_exits} exits before the last"
-            )
-        for scatter, threshold in zip(self.exits, thresholds, strict=True):
-            assert isinstance(scatter, ScatterRouter)
-            scatter.protocol = BinaryThreshold(float(threshold))
-
-    @property
-    def thresholds(self) -> tuple[float, ...]:
-        """Of each exit but the last."""
-        return tuple(scatter.protocol.threshold for scatter in self.exits)  # type: ignore
-
-    def forward(self, x_NCHW: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """[N, 3, H, W] -> [N, C]; in training mode the [N, C] of each exit."""
-        if self.training:
-            return self.all_exits(x_NCHW)
-        return self.with_exits(x_NCHW)[0]
-
-    def all_exits(self, x_NCHW: Tensor) -> tuple[Tensor, ...]:
-        """[N, 3, H, W] -> the logits [N, C] that each exit would give every image."""
-        check_images("MSDNet", x_NCHW)
-        logits: list[Tensor] = []
-        scales: Any = x_NCHW
-        for block, head in zip(self.blocks, self.classifier, strict=True):
-            scales = block(scales)
-            logits.append(head(scales[-1]))
-        return tuple(logits)
-
-    def with_exits(self, x_NCHW: Tensor) -> tuple[Tensor, tuple[Cells, ...]]:
-        """(logits [N, C], the images that left at each exit)."""
-        check_images("MSDNet", x_NCHW)
-        x_NCHW, grid = annotate(x_NCHW, 0)
-        scales: Any = x_NCHW
-        cells, left, where = grid.cells, [], []
-        for scatter, block, head in zip(self.exits, self.blocks, self.classifier, strict=False):
-            scales = block(scales)
-            logits_NC = head(scales[-1])
-            (out, stay), route = scatter((*scales, logits_NC), logits_NC, cells)
-            left.append(out[len(scales)])
-            where.append(route[0])
-            scales, cells = [stay[s] for s in range(len(scales))], route[1]
-            if is_over(scales[-1]):
-                return self.gather(left, where), tuple(where)
-        left.append(self.classifier[-1](self.blocks[-1](scales)[-1]))
-        where.append(cells)
-        return self.gather(left, where), tuple(where)
-
-    def macs_K(self, x_NCHW: Tensor) -> tuple[int, ...]:
-        """Multiply-adds of an image of that size that leaves at each exit, all before included."""
-        stages = [*zip(self.blocks, self.classifier, strict=True)]
-        return tuple(accumulate(macs_of(self, self.all_exits, x_NCHW[:1], stages)))
+    def stage(self, exit_idx: int, state: Any) -> tuple[list[Tensor], Tensor]:
+        """A block and its classifier: features of each scale -> (the same, logits [N, C])."""
+        scales = self.blocks[exit_idx](state)
+        return scales, self.classifier[exit_idx](scales[-1])
 
 
 def small(num_classes: int = 10) -> MSDNet:

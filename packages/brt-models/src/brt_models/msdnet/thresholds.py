@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from brt.errors import BrtError
-from brt_models.msdnet.network import MSDNet
+from brt_models.exits import ExitNetwork
 
 NEVER = 2.0
 """A threshold that no softmax reaches."""
@@ -22,7 +22,7 @@ RATIOS = tuple(step / 20 for step in range(1, 41))
 
 
 @torch.inference_mode()
-def exits_of(model: MSDNet, batches: Iterable[Tensor]) -> Tensor:
+def exits_of(model: ExitNetwork, batches: Iterable[Tensor]) -> Tensor:
     """The logits [K, N, C] that every exit gives every image of some batches, in eval mode."""
     was_training = model.training
     model.eval()

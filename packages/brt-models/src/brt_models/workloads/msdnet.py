@@ -6,16 +6,20 @@ Shape letters: N images, C classes, H height, W width, K exits.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 import brt
 from brt.bench import Variant, Workload
 from brt.bench.workload import Kind
 from brt.errors import BrtError
+from brt_models.exits import ExitNetwork
 from brt_models.msdnet import MSDNet, MSDNetConfig, exits_of, thresholds_for_shares
 from brt_models.msdnet.thresholds import taken_exits
 
@@ -49,16 +53,17 @@ def early_exit(
     """Random images through a network with random weights, whose thresholds give this mix."""
     if preset not in PRESETS:
         raise BrtError(f"msdnet: no preset {preset!r}: {', '.join(PRESETS)}")
-    if batch < 1:
-        raise BrtError(f"msdnet: batch must be at least 1, got {batch}")
     make, size = PRESETS[preset]
-    return exit_workload(MSDNet(make()).to(device, dtype), size, mix, batch, {"preset": preset})
+    model = MSDNet(make()).to(device, dtype)
+    return exit_workload("msdnet", model, size, mix, batch, {"preset": preset})
 
 
 def exit_workload(
-    model: MSDNet, size: int, mix: str, batch: int, options: dict[str, object]
+    name: str, model: ExitNetwork, size: int, mix: str, batch: int, options: dict[str, object]
 ) -> Workload:
-    """The workload of any MSDNet on images of this size."""
+    """The workload of any network with exits on images of this size."""
+    if batch < 1:
+        raise BrtError(f"{name}: batch must be at least 1, got {batch}")
     first = next(model.parameters())
     model = model.eval()
     num_sets = -(-NUM_IMAGES // batch)
@@ -69,7 +74,7 @@ def exit_workload(
 
     timed, others = images(), images()
     logits_KNC = exits_of(model, timed)
-    model.set_thresholds(thresholds_for_shares(parse_mix(mix, len(logits_KNC)), logits_KNC))
+    model.set_thresholds(thresholds_for_shares(parse_mix(name, mix, len(logits_KNC)), logits_KNC))
     exit_N = taken_exits(model.thresholds, logits_KNC)
     load_K = exit_N.bincount(minlength=len(logits_KNC)).tolist()
     macs_K = model.macs_K(timed[0])
@@ -82,7 +87,7 @@ def exit_workload(
         return brt.optimize(model, brt.profile(model, others), sample=others[0])
 
     return Workload(
-        name="msdnet",
+        name=name,
         shapes=f"{[batch, 3, size, size]} images, {'/'.join(map(str, load_K))} leave at each exit",
         device=first.device,
         dtype=first.dtype,
@@ -100,7 +105,7 @@ def exit_workload(
     )
 
 
-def parse_mix(mix: str, num_exits: int) -> list[float]:
+def parse_mix(name: str, mix: str, num_exits: int) -> list[float]:
     """ "50/30/20" -> a number for each exit."""
     try:
         shares = [float(share) for share in mix.split("/")]
@@ -108,24 +113,14 @@ def parse_mix(mix: str, num_exits: int) -> list[float]:
         shares = []
     if len(shares) != num_exits or min(shares) < 0 or sum(shares) <= 0:
         raise BrtError(
-            f"msdnet: mix must be {num_exits} shares like "
-            f"{'/'.join(['20'] * num_exits)}, got {mix!r}; published ones: {', '.join(MIXES)}"
+            f"{name}: mix must be {num_exits} shares like "
+            f"{'/'.join(['20'] * num_exits)}, got {mix!r}"
         )
     return shares
 
 
-class Stage(nn.Module):
-    """A block with its classifier."""
-
-    def __init__(self, block: nn.Module, head: nn.Module) -> None:
-        super().__init__()
-        self.block, self.head = block, head
-
-    def forward(self, scales: Tensor | Sequence[Tensor]) -> tuple[list[Tensor], Tensor, Tensor]:
-        """Features -> (features, logits [N, C], the largest probability [N])."""
-        made = self.block(scales)
-        logits_NC = self.head(made[-1])
-        return made, logits_NC, logits_NC.softmax(1).amax(1)
+Stage = Callable[[Any], tuple[Any, Tensor, Tensor]]
+"""State -> (state, logits [N, C], the largest probability [N])."""
 
 
 class PythonExit(nn.Module):
@@ -134,42 +129,44 @@ class PythonExit(nn.Module):
     It shares the modules of the network that it is made of.
     """
 
-    def __init__(self, model: MSDNet, compiled: bool = False) -> None:
+    def __init__(self, model: ExitNetwork, compiled: bool = False) -> None:
         super().__init__()
+        self.model = model
         self.thresholds = model.thresholds
-        stages = [
-            Stage(block, head) for block, head in zip(model.blocks, model.classifier, strict=True)
-        ]
-        self.stages = nn.ModuleList(stages)
-        self.run: list[Callable[..., tuple[list[Tensor], Tensor, Tensor]]] = [*stages]
-        if compiled:
-            self.run = [torch.compile(stage) for stage in stages]
+        self.stages: list[Stage] = []
+        for k in range(model.num_exits):
+            stage = partial(self._stage, k)
+            self.stages.append(torch.compile(stage) if compiled else stage)
+
+    def _stage(self, exit_idx: int, state: Any) -> tuple[Any, Tensor, Tensor]:
+        state, logits_NC = self.model.stage(exit_idx, state)
+        return state, logits_NC, logits_NC.softmax(1).amax(1)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """[N, 3, H, W] -> [N, C]."""
         return self._one(x_NCHW) if len(x_NCHW) == 1 else self._batch(x_NCHW)
 
     def _one(self, x: Any) -> Tensor:
-        for threshold, stage in zip(self.thresholds, self.run, strict=False):
+        for threshold, stage in zip(self.thresholds, self.stages, strict=False):
             x, logits_NC, sure_N = stage(x)
             if sure_N.item() >= threshold:
                 return logits_NC
-        return self.run[-1](x)[1]
+        return self.stages[-1](x)[1]
 
     def _batch(self, x_NCHW: Tensor) -> Tensor:
         index_N = torch.arange(len(x_NCHW), device=x_NCHW.device)
         left, where = [], []
         x: Any = x_NCHW
-        for threshold, stage in zip(self.thresholds, self.run, strict=False):
-            scales, logits_NC, sure_N = stage(x)
+        for threshold, stage in zip(self.thresholds, self.stages, strict=False):
+            x, logits_NC, sure_N = stage(x)
             out_N = sure_N >= threshold
             left.append(logits_NC[out_N])
             where.append(index_N[out_N])
-            x, index_N = [scale[~out_N] for scale in scales], index_N[~out_N]
+            x, index_N = pytree.tree_map(itemgetter(~out_N), x), index_N[~out_N]
             if not len(index_N):
                 break
         else:
-            left.append(self.run[-1](x)[1])
+            left.append(self.stages[-1](x)[1])
             where.append(index_N)
         order_N = torch.cat(where).argsort()
         return torch.cat(left)[order_N]
@@ -178,7 +175,7 @@ class PythonExit(nn.Module):
 class _InDouble(nn.Module):
     """The reference: the hand-written exits in float64."""
 
-    def __init__(self, model: MSDNet) -> None:
+    def __init__(self, model: ExitNetwork) -> None:
         super().__init__()
         self.model = PythonExit(copy.deepcopy(model).double())
 
