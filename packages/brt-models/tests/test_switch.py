@@ -173,6 +173,16 @@ def test_overflow_gives_zero_and_the_residual_passes() -> None:
     assert not bool(out_BSD[0, 1:].any())
 
 
+@torch.no_grad()
+def test_the_gate_is_in_float32_under_autocast() -> None:
+    layer = SparseMLP(switch.SwitchConfig(**TINY)).eval()
+    x_BSD = torch.randn(2, 7, 16).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        _, scores_BSP = layer(x_BSD)
+    assert scores_BSP.dtype == torch.float32
+    torch.testing.assert_close(scores_BSP, layer.gate(x_BSD.float()), rtol=1e-6, atol=1e-6)
+
+
 def test_positions_fall_into_their_buckets() -> None:
     near, far = torch.arange(-7, 8), torch.tensor([-1000, -128, -127, 127, 128, 1000])
     assert position_bucket(near, True, 32, 128).tolist() == [
@@ -423,6 +433,7 @@ def test_profile_and_optimise() -> None:
     profile = brt.profile(model, batches)
     assert len(profile.routers) == 4
     fast = brt.optimize(model, profile, sample=batches[0])
+    assert [region.path for region in fast.report.regions] == [""]  # the whole model
     for batch in (batches[1], (ids(2, 13), ids(2, 5)), (ids(1, 1), ids(1, 1))):
         torch.testing.assert_close(fast(*batch), model(*batch), rtol=1e-5, atol=1e-5)
 

@@ -23,6 +23,7 @@ import brt
 from brt.errors import BrtError
 from brt.protocols import BinaryThreshold
 from brt_models.decoder_layer import DecoderLayer, drawn_ids, positions
+from brt_models.images import is_over
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,8 @@ class EarlyExitDecoder(nn.Module):
             left.append(out[1])
             where.append(route[0])
             x_BSD, cells = stay[0], route[1]
+            if is_over(x_BSD):
+                return self.gather(left, where), tuple(where)
         left.append(self.head(self.stages[-1](x_BSD)))
         where.append(cells)
         return self.gather(left, where), tuple(where)
@@ -175,7 +178,7 @@ class EarlyExitDecoder(nn.Module):
         """Layers that each sequence ran, int64 ``[B]``."""
         _, left = self.with_exits(ids_BS)
         depth_B = torch.zeros(ids_BS.shape[0], dtype=torch.int64, device=ids_BS.device)
-        for layers, cells in zip(self.config.exits, left, strict=True):
+        for layers, cells in zip(self.config.exits, left, strict=False):
             depth_B[cells.index_R(ids_BS.device)] = layers
         return depth_B
 

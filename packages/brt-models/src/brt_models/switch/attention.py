@@ -13,6 +13,9 @@ from torch.nn import functional as F
 
 from brt_models.switch.config import SwitchConfig
 
+UNSEEN = -3e4
+"""Added to scores of what may not be seen: nothing is left of it, and float16 can hold it."""
+
 
 class Attention(nn.Module):
     """Queries of one sequence look at keys of the same or another; both are made apart.
@@ -41,7 +44,7 @@ class Attention(nn.Module):
     def forward(
         self, x_BSD: Tensor, keys_BHTK: Tensor, values_BHTK: Tensor, bias_BHST: Tensor | None
     ) -> Tensor:
-        """``[B, S, D]`` -> ``[B, S, D]``; the bias is added to the scores."""
+        """``[B, S, D]`` -> ``[B, S, D]``; a bias is added to the scores, or a mask is true."""
         read_BHSK = F.scaled_dot_product_attention(
             self._heads(self.q(x_BSD)),
             keys_BHTK,
@@ -95,13 +98,3 @@ def position_bucket(
     # Distances that have a bucket of their own may be 0, whose logarithm is not taken
     coarse = exact + (share.clamp(min=0) * (num_buckets - exact)).long()
     return first + torch.where(distance < exact, distance, coarse.clamp(max=num_buckets - 1))
-
-
-def mask_bias(mask_BT: Tensor, dtype: torch.dtype) -> Tensor:
-    """What to add to scores ``[B, H, S, T]`` where the mask is 1 (or true): 0, else the least."""
-    return (~mask_BT.bool())[:, None, None].to(dtype) * torch.finfo(dtype).min
-
-
-def causal_bias(query_S: Tensor, key_T: Tensor, dtype: torch.dtype) -> Tensor:
-    """What to add to scores ``[B, H, S, T]`` so that no query sees a later key."""
-    return (key_T[None, :] > query_S[:, None])[None, None].to(dtype) * torch.finfo(dtype).min

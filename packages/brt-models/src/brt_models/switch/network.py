@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from brt.errors import BrtError
-from brt_models.switch.attention import Attention, PositionBias, causal_bias, mask_bias
+from brt_models.switch.attention import UNSEEN, Attention, PositionBias
 from brt_models.switch.config import SwitchConfig
 from brt_models.switch.sparse import DenseMLP, SparseMLP
 
@@ -65,7 +65,7 @@ class Block(nn.Module):
         x_BTD: Tensor,
         bias: Tensor,
         past: Past | None = None,
-        memory_bias: Tensor | None = None,
+        memory_mask: Tensor | None = None,
     ) -> tuple[Tensor, Past | None, Tensor | None]:
         """``[B, T, D]`` -> (``[B, T, D]``, past of the next token, scores of a sparse layer)."""
         normed_BTD = self.attention_norm(x_BTD)
@@ -76,7 +76,7 @@ class Block(nn.Module):
         x_BTD = x_BTD + self.dropout(self.attention(normed_BTD, keys, values, bias))
         if past is not None:
             read_BTD = self.cross(
-                self.cross_norm(x_BTD), past.memory_keys, past.memory_values, memory_bias
+                self.cross_norm(x_BTD), past.memory_keys, past.memory_values, memory_mask
             )
             x_BTD = x_BTD + self.dropout(read_BTD)
         scores_BTP = None
@@ -98,11 +98,12 @@ class Stack(nn.Module):
         self.norm = nn.RMSNorm(config.d_model, eps=config.layer_norm_epsilon)
         self.dropout = nn.Dropout(config.dropout_rate)
 
-    def encode(self, x_BSD: Tensor, mask_bias: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+    def encode(self, x_BSD: Tensor, mask: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         """``[B, S, D]`` -> (``[B, S, D]``, scores ``[B, S, P]`` of the sparse layers)."""
         index_S = torch.arange(x_BSD.shape[1], device=x_BSD.device)
         bias = self.position(index_S, index_S).to(x_BSD.dtype)
-        bias = bias if mask_bias is None else bias + mask_bias
+        if mask is not None:
+            bias = bias.masked_fill(~mask, UNSEEN)
         x_BSD, scores = self.dropout(x_BSD), []
         for block in self.blocks:
             x_BSD, _, scores_BSP = block(x_BSD, bias)
@@ -114,17 +115,17 @@ class Stack(nn.Module):
         return [block.start(memory_BSD) for block in self.blocks]  # type: ignore[operator]
 
     def decode(
-        self, x_BTD: Tensor, pasts: list[Past], memory_bias: Tensor | None
+        self, x_BTD: Tensor, pasts: list[Past], memory_mask: Tensor | None
     ) -> tuple[Tensor, list[Past], list[Tensor]]:
         """``[B, T, D]`` -> (``[B, T, D]``, pasts of the next tokens, scores of the gates)."""
         num_past = pasts[0].keys.shape[2]
         key_T = torch.arange(num_past + x_BTD.shape[1], device=x_BTD.device)
         query_T = key_T[num_past:]
         bias = self.position(query_T, key_T).to(x_BTD.dtype)
-        bias = bias + causal_bias(query_T, key_T, x_BTD.dtype)
+        bias = bias.masked_fill(key_T[None, :] > query_T[:, None], UNSEEN)
         x_BTD, longer, scores = self.dropout(x_BTD), [], []
         for block, past in zip(self.blocks, pasts, strict=True):
-            x_BTD, past, scores_BTP = block(x_BTD, bias, past, memory_bias)
+            x_BTD, past, scores_BTP = block(x_BTD, bias, past, memory_mask)
             longer.append(past)
             scores.append(scores_BTP)
         return self.dropout(self.norm(x_BTD)), longer, [s for s in scores if s is not None]
@@ -157,26 +158,26 @@ class SwitchTransformer(nn.Module):
         self, ids_BS: Tensor, decoder_ids_BT: Tensor, mask_BS: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """(logits, scores ``[B, tokens, P]`` of every gate, the encoder's first)."""
-        memory_BSD, memory_bias, scores = self.encode(ids_BS, mask_BS)
+        memory_BSD, memory_mask, scores = self.encode(ids_BS, mask_BS)
         logits_BTV, _, decoded = self.decode(
-            decoder_ids_BT, self.decoder.start(memory_BSD), memory_bias
+            decoder_ids_BT, self.decoder.start(memory_BSD), memory_mask
         )
         return logits_BTV, scores + decoded
 
     def encode(
         self, ids_BS: Tensor, mask_BS: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-        """(memory ``[B, S, D]``, what padding adds to attention, scores of the gates)."""
+        """(memory ``[B, S, D]``, where there is no padding, scores of the gates)."""
         x_BSD = self.embed(ids_BS)
-        bias = None if mask_BS is None else mask_bias(mask_BS, self.embed.weight.dtype)
-        memory_BSD, scores = self.encoder.encode(x_BSD, bias)
-        return memory_BSD, bias, scores
+        mask = None if mask_BS is None else mask_BS.bool()[:, None, None]
+        memory_BSD, scores = self.encoder.encode(x_BSD, mask)
+        return memory_BSD, mask, scores
 
     def decode(
-        self, ids_BT: Tensor, pasts: list[Past], memory_bias: Tensor | None
+        self, ids_BT: Tensor, pasts: list[Past], memory_mask: Tensor | None
     ) -> tuple[Tensor, list[Past], list[Tensor]]:
         """(logits ``[B, T, V]`` of tokens after those of ``pasts``, their pasts, scores)."""
-        x_BTD, pasts, scores = self.decoder.decode(self.embed(ids_BT), pasts, memory_bias)
+        x_BTD, pasts, scores = self.decoder.decode(self.embed(ids_BT), pasts, memory_mask)
         if not self.config.tie_word_embeddings:
             return self.lm_head(x_BTD), pasts, scores
         # The embedding is of size 1, not of size D ** -0.5 as other last layers
@@ -196,13 +197,13 @@ class SwitchTransformer(nn.Module):
         if max_new_tokens < 1:
             raise BrtError(f"generate: max_new_tokens must be >= 1, got {max_new_tokens}")
         config = self.config
-        memory_BSD, memory_bias, _ = self.encode(ids_BS, mask_BS)
+        memory_BSD, memory_mask, _ = self.encode(ids_BS, mask_BS)
         pasts = self.decoder.start(memory_BSD)
         token_B1 = ids_BS.new_full((ids_BS.shape[0], 1), config.decoder_start_token_id)
         ended_B1 = torch.zeros_like(token_B1, dtype=torch.bool)
         tokens = [token_B1]
         for _ in range(max_new_tokens):
-            logits_B1V, pasts, _ = self.decode(token_B1, pasts, memory_bias)
+            logits_B1V, pasts, _ = self.decode(token_B1, pasts, memory_mask)
             token_B1 = torch.where(ended_B1, config.pad_token_id, logits_B1V.argmax(-1))
             tokens.append(token_B1)
             ended_B1 = ended_B1 | (token_B1 == config.eos_token_id)

@@ -51,13 +51,22 @@ class SparseMLP(nn.Module):
 
         Tokens beyond the capacity get zero.
         """
-        gated_BSD = x_BSD.float()
+        gated_BSD = x_BSD
         if self.training and self.jitter:
+            gated_BSD = x_BSD.float()
             noise_BSD = torch.rand_like(gated_BSD) * 2 - 1
             gated_BSD = gated_BSD * (1 + self.jitter * noise_BSD)
-        bias_P = None if self.gate.bias is None else self.gate.bias.float()
-        scores_BSP = nn.functional.linear(gated_BSD, self.gate.weight.float(), bias_P)
+        scores_BSP = in_float32(gated_BSD, self.gate.weight, self.gate.bias)
         cells_ND, grid = brt.annotate(x_BSD, dims=(0, 1))
         paths, route = self.scatter(cells_ND, scores_BSP, grid.cells)
         out_ND = self.gather(brt.each(self.experts, paths), route)
         return grid.restore(out_ND), scores_BSP
+
+
+@torch.fx.wrap  # a trace would forget the context
+def in_float32(x_BSD: Tensor, weight_PD: Tensor, bias_P: Tensor | None) -> Tensor:
+    """A linear layer in float32, under autocast too: section 2.4, selective precision."""
+    with torch.autocast(x_BSD.device.type, enabled=False):
+        return nn.functional.linear(
+            x_BSD.float(), weight_PD.float(), None if bias_P is None else bias_P.float()
+        )
