@@ -82,6 +82,8 @@ class ParallelExpertRouter(Router):
 
     def __init__(self, spread: Spread, transport: Transport = _DEFAULT) -> None:
         super().__init__()
+        if transport.hosts is not None and transport.hosts.group is not spread.group:
+            raise ParallelError("ParallelExpertRouter: transport.hosts is of another group")
         self.num_paths = spread.num_experts
         self.spread = spread
         self.transport = transport

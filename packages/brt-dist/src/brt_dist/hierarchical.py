@@ -20,13 +20,13 @@ from torch import Tensor
 from brt_dist.agree import agree, telling
 from brt_dist.errors import ExchangeError
 from brt_dist.exchange import Exchange, Rows, check, flows_of, reverse_all_to_all, sparse_all_to_all
-from brt_dist.groups import Group, global_rank, resolve
+from brt_dist.groups import Group, resolve
 from brt_dist.segments import Reorder
 
 
 @dataclass(frozen=True, eq=False)
 class Hosts:
-    """The ranks of a group as hosts of equal size, neighbours together.
+    """The ranks of a group as hosts of equal size: rank r is on host ``r // L``.
 
     Attributes:
         group: all ranks.
@@ -39,31 +39,22 @@ class Hosts:
     between: Group
 
     @classmethod
-    def of(
-        cls, ranks_per_host: int, group: Group | None = None, timeout: timedelta | None = None
-    ) -> Hosts:
-        """Ranks ``[0, L)`` are the first host, and so on. Every rank of the group must call it.
+    def of(cls, ranks_per_host: int, timeout: timedelta | None = None) -> Hosts:
+        """All ranks; ``[0, L)`` are the first host, and so on. Every rank must call it.
 
         ``timeout`` is that of the groups within and between hosts; None = torch's.
         """
-        group = resolve(group)
+        group = resolve(None)
         num_ranks, rank = dist.get_world_size(group), dist.get_rank(group)
         if ranks_per_host < 1 or num_ranks % ranks_per_host:
             raise ExchangeError(
                 f"Hosts: {num_ranks} ranks do not make hosts of {ranks_per_host} ranks"
             )
-        first = rank - rank % ranks_per_host
-        host = range(first, first + ranks_per_host)
-        alike = range(rank % ranks_per_host, num_ranks, ranks_per_host)
-        within, between = (
-            dist.new_group(
-                [global_rank(group, r) for r in ranks],
-                timeout=timeout,
-                use_local_synchronization=True,
-            )
-            for ranks in (host, alike)
-        )
-        return cls(group, within, between)
+        rank_HL = torch.arange(num_ranks).view(-1, ranks_per_host)
+        # Every rank makes every group: torch names groups by how many were made before
+        hosts = [dist.new_group(ranks, timeout=timeout) for ranks in rank_HL.tolist()]
+        places = [dist.new_group(ranks, timeout=timeout) for ranks in rank_HL.t().tolist()]
+        return cls(group, hosts[rank // ranks_per_host], places[rank % ranks_per_host])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Hosts:
         # It never changes, and groups cannot be copied
