@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import brt
-from brt_models import dynamic_routing, msdnet, patch_sr, ranet
+from brt_models import dynamic_routing, msdnet, patch_sr, ranet, taskmoe
 from brt_models.adapters import ADAPTERS
 from brt_models.language_models import MODELS, PROTOCOLS, WORKLOADS
 from brt_models.workloads import dynamic_routing as dynamic_routing_workloads
 from brt_models.workloads import msdnet as msdnet_workloads
 from brt_models.workloads import patch_sr as patch_sr_workloads
 from brt_models.workloads import ranet as ranet_workloads
+from brt_models.workloads import taskmoe as taskmoe_workloads
 
 
 @brt.hookimpl
@@ -65,6 +66,15 @@ def brt_models() -> Iterable[brt.ModelSpec]:
         cells="an image",
         paper="Yang et al. (CVPR 2020)",
     )
+    yield brt.ModelSpec(
+        name="taskmoe",
+        summary="decoder with an expert for each task; a sentence takes the two of its task",
+        factory=taskmoe.small,
+        sample=taskmoe.sample,
+        title="TaskMoE",
+        cells="a sentence",
+        paper="Kudugunta et al. (EMNLP 2021)",
+    )
     yield from MODELS
 
 
@@ -104,6 +114,11 @@ def brt_workloads() -> Iterable[brt.WorkloadSpec]:
         name="ranet",
         summary="images leave RANet at the exits of a mix",
         factory=ranet_workloads.early_exit,
+    )
+    yield brt.WorkloadSpec(
+        name="taskmoe",
+        summary="sentences of random tasks through TaskMoE",
+        factory=taskmoe_workloads.sentences,
     )
     yield from WORKLOADS
 
