@@ -191,10 +191,21 @@ class WorkloadSpec(Spec):
 
 @dataclass(frozen=True, kw_only=True)
 class SolverSpec(Spec):
-    """A solver of placements: ``factory(**options)`` makes what `brt_dist.plan` calls."""
+    """A solver of placements: ``factory(seed=seed)`` makes what `brt_dist.plan` calls.
+
+    ``command(source, topology, **options)`` may do the work of ``brt place``: it returns a plan,
+    with ``rows()``, ``says()``, ``to_json()``, ``save(path)`` and ``plot(path, source)``.
+    """
 
     kind = "solvers"
     hook = "brt_solvers"
+
+    command: Callable[..., Any] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.command is not None:
+            _require_callable(str(self), "command", self.command)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,10 @@ from brt_dist.hierarchical import (
     reverse_hierarchical_all_to_all,
 )
 from brt_dist.parallelize import Parallelized, parallelize
+from brt_dist.placement import PlacementError, Plan, plan
 from brt_dist.routers import ParallelGatherRouter, ParallelScatterRouter, SpreadRoute
 from brt_dist.spread import Spread
+from brt_dist.topology import Link, Topology
 from brt_dist.transport import Transport
 
 __all__ = [
@@ -22,17 +24,22 @@ __all__ = [
     "ExpertParallel",
     "Handle",
     "Hosts",
+    "Link",
     "ParallelError",
     "ParallelExpertRouter",
     "ParallelGatherRouter",
     "ParallelScatterRouter",
     "Parallelized",
+    "PlacementError",
+    "Plan",
     "Spread",
     "SpreadRoute",
+    "Topology",
     "Transport",
     "TwoHops",
     "hierarchical_all_to_all",
     "parallelize",
+    "plan",
     "reference",
     "reverse_all_to_all",
     "reverse_hierarchical_all_to_all",

@@ -27,6 +27,7 @@ COMMANDS = (
     "bench",
     "models",
     "adapt",
+    "place",
     "protocols",
     "routers",
     "passes",

@@ -211,8 +211,9 @@ class Plan:
             "co-activation": "rows of a token return: the ranks it visits in a layer count",
             "nothing": "only loads are known: balance alone can be planned",
         }[self.admits]
-        gap = f"{self.gap:.1%} above the bound" if np.isfinite(self.gap) else "no bound above 0"
-        return f"{why}. At most {gap} ({self.how})."
+        far = f"the best is between {self.bound.cost:.4f} and {self.planned.cost:.4f}"
+        near = f"at most {self.gap:.1%} above the best" if self.gap < 1 else far
+        return f"{why}; {near} ({self.how})."
 
     def _index(self, layer: int | str) -> int:
         if isinstance(layer, int) and -len(self.layers) <= layer < len(self.layers):

@@ -48,8 +48,8 @@ class Descent:
         plain = [problem.contiguous_LE, packed_LE(problem)]
         if problem.previous_LE is not None and problem.fits(problem.previous_LE):
             plain.append(problem.previous_LE)
-        found = [improve(usual, start) for start in plain[1:]]
         chained = problem.counts_traffic and problem.traffic.moves_LEE is not None
+        found = [improve(usual, start) for start in plain[2 if chained else 1 :]]
         if chained:
             # These end far apart, and which is best shows only in the end
             better = [improve(usual, start) for start in self._descended(problem, rng, size)]

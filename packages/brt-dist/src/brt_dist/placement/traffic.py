@@ -123,8 +123,8 @@ def of_trace(
     if weights is not None:
         order_TLK = np.argsort(-np.asarray(weights, np.float64), axis=2, kind="stable")
         choice_TLK = np.take_along_axis(choice_TLK, order_TLK, 2)
-    choice_TLK = choice_TLK[:, :, :top_k]
     highest = int(choice_TLK.max(initial=-1))
+    choice_TLK = choice_TLK[:, :, :top_k]
     num_experts = highest + 1 if num_experts is None else num_experts
     if highest >= num_experts or choice_TLK.min(initial=0) < -1 or num_experts < 1:
         raise PlacementError(
