@@ -27,7 +27,7 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x_GMD: Tensor, position_GM: Tensor, sequence_GM: Tensor | None = None
     ) -> Tensor:
-        """``[G, M, D]`` -> ``[G, M, D]``; see `update`."""
+        """``[G, M, D]`` and positions ``[G, M]`` or ``[1, M]`` -> ``[G, M, D]``; see `update`."""
         return x_GMD + self.update(x_GMD, position_GM, sequence_GM)
 
     def update(
@@ -64,9 +64,9 @@ def rotated(x_GAMK: Tensor, position_GM: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
 
-def positions(ids_BS: Tensor) -> Tensor:
-    """0, 1, 2, ... for each sequence, int64 ``[B, S]``."""
-    return torch.arange(ids_BS.shape[1], device=ids_BS.device).expand(ids_BS.shape)
+def positions(x_BS: Tensor) -> Tensor:
+    """0, 1, 2, ... for all sequences, int64 ``[1, S]``."""
+    return torch.arange(x_BS.shape[1], device=x_BS.device)[None]
 
 
 def drawn_ids(num_words: int, shape: tuple[int, int], seed: int) -> Tensor:

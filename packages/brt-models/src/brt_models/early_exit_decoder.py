@@ -95,9 +95,9 @@ class Stage(nn.Module):
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         """``[B, S, D]`` -> ``[B, S, D]``."""
-        position_BS = positions(x_BSD[..., 0])
+        position_1S = positions(x_BSD)
         for layer, dropout in zip(self.layers, self.dropouts, strict=True):
-            update_BSD = layer.update(x_BSD, position_BS)  # type: ignore[operator]
+            update_BSD = layer.update(x_BSD, position_1S)  # type: ignore[operator]
             if self.training and dropout:
                 kept_B11 = torch.rand_like(x_BSD[:, :1, :1]) >= dropout
                 update_BSD = update_BSD * kept_B11

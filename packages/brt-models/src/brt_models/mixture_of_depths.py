@@ -81,28 +81,25 @@ class RoutedLayer(nn.Module):
         # The gate's score scales what the layer adds, whoever decided
         self.gather = brt.GatherRouter(weighted=False, add_residual=True)
 
-    def forward(self, x_BSD: Tensor, position_BS: Tensor) -> Tensor:
+    def forward(self, x_BSD: Tensor, position_1S: Tensor) -> Tensor:
         """``[B, S, D]`` -> ``[B, S, D]``; tokens that are not taken stay what they are."""
+        batch, length, dim = x_BSD.shape
         x_ND, grid = brt.annotate(x_BSD, dims=(0, 1))
-        sequence_BS = torch.arange(x_BSD.shape[0], device=x_BSD.device)[:, None]
-        sequence_N = (sequence_BS + torch.zeros_like(position_BS)).flatten()
         score_N1 = self.gate(x_ND)
-        flows = (x_ND, position_BS.flatten(), sequence_N, score_N1)
         if self.training:
-            scores_BS1 = score_N1.view(*position_BS.shape, 1)
-            paths, route = self.choose(flows, scores_BS1, grid.cells)
+            paths, route = self.choose(x_ND, score_N1.view(batch, length, 1), grid.cells)
             # As many of every sequence
-            num_taken = self.choice.rows_per_path(x_BSD.shape[1], 1)
-            shape = (x_BSD.shape[0], num_taken)
+            shape = (batch, self.choice.rows_per_path(length, 1))
         else:
-            paths, route = self.foretell(flows, self.predictor(x_ND), grid.cells)
+            paths, route = self.foretell(x_ND, self.predictor(x_ND), grid.cells)
             # Any number of each sequence: all in one group, where they see their own sequence
-            shape = (1, paths[0][0].shape[0])
-        rows_RD, position_R, sequence_R, score_R1 = paths[0]
+            shape = (1, paths[0].shape[0])
+        token_R = route[0].index_R(x_BSD.device)
+        position_R, sequence_R = position_1S[0, token_R % length], token_R // length
         update_GMD = self.layer.update(
-            rows_RD.view(*shape, x_BSD.shape[2]), position_R.view(shape), sequence_R.view(shape)
+            paths[0].view(*shape, dim), position_R.view(shape), sequence_R.view(shape)
         )
-        update_RD = update_GMD.view(rows_RD.shape) * score_R1
+        update_RD = update_GMD.view(paths[0].shape) * score_N1[token_R]
         return grid.restore(self.gather([update_RD], route, residual=x_ND))
 
     def predictor_loss(self, x_BSD: Tensor) -> Tensor:
@@ -136,19 +133,19 @@ class MixtureOfDepths(nn.Module):
 
     def forward(self, ids_BS: Tensor) -> Tensor:
         """``[B, S]`` -> logits ``[B, S, V]``."""
-        x_BSD, position_BS = self.embed(ids_BS), positions(ids_BS)
+        x_BSD, position_1S = self.embed(ids_BS), positions(ids_BS)
         for layer in self.layers:
-            x_BSD = layer(x_BSD, position_BS)
+            x_BSD = layer(x_BSD, position_1S)
         return self.head(self.norm(x_BSD))
 
     def loss(self, ids_BS: Tensor) -> tuple[Tensor, Tensor]:
         """(cross-entropy of each next word, mean loss of the predictors), to be added."""
-        x_BSD, position_BS = self.embed(ids_BS), positions(ids_BS)
+        x_BSD, position_1S = self.embed(ids_BS), positions(ids_BS)
         predicted = []
         for layer in self.layers:
             if isinstance(layer, RoutedLayer):
                 predicted.append(layer.predictor_loss(x_BSD))
-            x_BSD = layer(x_BSD, position_BS)
+            x_BSD = layer(x_BSD, position_1S)
         logits_BSV = self.head(self.norm(x_BSD[:, :-1]))
         words = F.cross_entropy(logits_BSV.flatten(0, 1), ids_BS[:, 1:].flatten())
         return words, torch.stack(predicted).mean() if predicted else words.new_zeros(())

@@ -77,17 +77,17 @@ class TokenLoop(nn.Module):
 
     def forward(self, ids_BS: Tensor) -> Tensor:
         """``[B, S]`` -> logits ``[B, S, V]``, as in evaluation."""
-        x_BSD, position_BS = self.model.embed(ids_BS), positions(ids_BS)
+        x_BSD, position_1S = self.model.embed(ids_BS), positions(ids_BS)
         for layer in self.model.layers:
             if isinstance(layer, DecoderLayer):
-                x_BSD = layer(x_BSD, position_BS)
+                x_BSD = layer(x_BSD, position_1S)
                 continue
             assert isinstance(layer, RoutedLayer)
             out_BSD = x_BSD.clone()
-            for sequence, (x_SD, position_S) in enumerate(zip(x_BSD, position_BS, strict=True)):
+            for sequence, x_SD in enumerate(x_BSD):
                 index = (layer.predictor(x_SD)[:, 0] > 0).nonzero()[:, 0]
                 if len(index):
-                    rows_RD, position_R = x_SD[index], position_S[index]
+                    rows_RD, position_R = x_SD[index], position_1S[0, index]
                     update_RD = layer.layer.update(rows_RD[None], position_R[None])[0]
                     out_BSD[sequence, index] += update_RD * layer.gate(rows_RD)
             x_BSD = out_BSD
@@ -158,11 +158,11 @@ def _workload(
 @torch.no_grad()
 def _let_in(model: MixtureOfDepths, ids_BS: Tensor, share: float) -> None:
     """Move the predictors so that they take about this share of the tokens."""
-    x_BSD, position_BS = model.embed(ids_BS), positions(ids_BS)
+    x_BSD, position_1S = model.embed(ids_BS), positions(ids_BS)
     for layer in model.layers:
         if isinstance(layer, RoutedLayer):
             score_N = layer.predictor(x_BSD).float().flatten()
             last = layer.predictor[-1]
             assert isinstance(last, nn.Linear)
             last.bias.sub_(score_N.quantile(1 - share))
-        x_BSD = layer(x_BSD, position_BS)
+        x_BSD = layer(x_BSD, position_1S)
