@@ -122,16 +122,26 @@ class SparseBlock(nn.Module):
 
         Raises `BrtError` with everything that does not fit.
         """
+        is_gpt_oss = self.config.activation == "clamped-swiglu"
         renamed: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
             ours = _OURS.get(name, name.replace("shared_experts.", "shared."))
-            if self.config.activation == "clamped-swiglu":
-                tensor = _gpt_oss_layout(ours, tensor)
-            renamed[ours] = tensor
+            renamed[ours] = _from_gpt_oss(ours, tensor) if is_gpt_oss else tensor
         own = self.state_dict()
         hugging_face.check_fit("SparseBlock.load_transformers", own, renamed)
         for name, tensor in renamed.items():
             own[name].copy_(tensor)
+
+    @torch.no_grad()
+    def to_transformers(self) -> dict[str, Tensor]:
+        """The weights as the ``state_dict`` of transformers' own block holds them."""
+        is_gpt_oss = self.config.activation == "clamped-swiglu"
+        theirs = {ours: name for name, ours in _OURS.items() if is_gpt_oss or "router" not in name}
+        named: dict[str, Tensor] = {}
+        for name, tensor in self.state_dict().items():
+            there = theirs.get(name, name.replace("shared.", "shared_experts."))
+            named[there] = _to_gpt_oss(name, tensor) if is_gpt_oss else tensor
+        return named
 
 
 _OURS = {
@@ -152,12 +162,21 @@ def clamped_swiglu(x_RH: Tensor) -> Tensor:
     return (up_RH + 1) * gate_RH * torch.sigmoid(ALPHA * gate_RH)
 
 
-def _gpt_oss_layout(name: str, tensor: Tensor) -> Tensor:
+def _from_gpt_oss(name: str, tensor: Tensor) -> Tensor:
     """Weights as ``[P, out, in]``, gates first: gpt-oss has ``[P, in, out]``, taking turns."""
     if name in ("up_PHD", "down_PDH"):
         tensor = tensor.transpose(1, 2)
     if name in ("up_PHD", "up_bias_PH"):
         tensor = torch.cat([tensor[:, ::2], tensor[:, 1::2]], 1)
+    return tensor
+
+
+def _to_gpt_oss(name: str, tensor: Tensor) -> Tensor:
+    """The same the other way round."""
+    if name in ("up_PHD", "up_bias_PH"):
+        tensor = torch.stack(tensor.chunk(2, 1), 2).flatten(1, 2)
+    if name in ("up_PHD", "down_PDH"):
+        tensor = tensor.transpose(1, 2).contiguous()
     return tensor
 
 

@@ -6,6 +6,7 @@ Legend: B sequences, S tokens of one, N tokens, K choices per token, P experts, 
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -17,11 +18,18 @@ import brt
 from brt.bench import Variant, Workload
 from brt.bench.workload import Kind, Unavailable
 from brt.errors import BrtError
-from brt_models.sparse_decoder import SparseBlock, SparseBlockConfig
+from brt_models.sparse_decoder import GroupLimitedTopK, SparseBlock, SparseBlockConfig
 from brt_models.sparse_decoder.block import clamped_swiglu
 
 Family = Literal["mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3", "gpt_oss"]
 
+_CLASSES: dict[Family, tuple[str, str]] = {
+    "mixtral": ("MixtralSparseMoeBlock", "MixtralConfig"),
+    "qwen3_moe": ("Qwen3MoeSparseMoeBlock", "Qwen3MoeConfig"),
+    "deepseek_v2": ("DeepseekV2Moe", "DeepseekV2Config"),
+    "deepseek_v3": ("DeepseekV3MoE", "DeepseekV3Config"),
+    "gpt_oss": ("GptOssMLP", "GptOssConfig"),
+}
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 
@@ -113,33 +121,40 @@ def _expert(block: SparseBlock, path: int, rows_RD: Tensor) -> Tensor:
 
 
 def _transformers(block: SparseBlock, family: Family) -> Callable[[Tensor], Tensor]:
-    """transformers' own block of the same sizes, with copied weights; not for every family."""
-    if family not in ("mixtral", "qwen3_moe"):
-        raise Unavailable("other layouts of the weights: compared for mixtral and qwen3_moe")
+    """transformers' own block of the same sizes, with the same weights."""
     try:
         import transformers
-        from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
-        from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
     except ImportError as error:
         raise Unavailable("transformers is not installed") from error
     config = block.config
-    k: int = config.protocol.k  # type: ignore[attr-defined]
-    theirs: Any
-    if family == "mixtral":
-        theirs = MixtralSparseMoeBlock(
-            transformers.MixtralConfig(
-                hidden_size=config.dim, intermediate_size=config.hidden,
-                num_local_experts=config.num_experts, num_experts_per_tok=k,
-            )
-        )  # fmt: skip
-    else:
-        theirs = Qwen3MoeSparseMoeBlock(
-            transformers.Qwen3MoeConfig(
-                hidden_size=config.dim, moe_intermediate_size=config.hidden,
-                num_experts=config.num_experts, num_experts_per_tok=k, norm_topk_prob=True,
-            )
-        )  # fmt: skip
-    theirs.gate.weight = block.gate.weight
-    theirs.experts.gate_up_proj, theirs.experts.down_proj = block.up_PHD, block.down_PDH
-    run: Callable[[Tensor], Tensor] = theirs.eval()
+    rule: Any = config.protocol
+    settings: dict[str, Any] = {
+        "hidden_size": config.dim,
+        "moe_intermediate_size": config.hidden,
+        "intermediate_size": config.hidden,
+        "num_experts_per_tok": rule.k,
+        "norm_topk_prob": getattr(rule, "renormalise", False),
+        # Each family has a name of its own for it
+        "num_experts": config.num_experts,
+        "num_local_experts": config.num_experts,
+        "n_routed_experts": config.num_experts,
+        "num_attention_heads": 1,
+    }
+    if isinstance(rule, GroupLimitedTopK):
+        settings |= {
+            "n_group": rule.num_groups,
+            "topk_group": rule.groups_taken,
+            "topk_method": "group_limited_greedy",
+            "routed_scaling_factor": rule.scale,
+            "n_shared_experts": config.shared_hidden // config.hidden,
+        }
+    block_name, config_name = _CLASSES[family]
+    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    with torch.device("meta"):
+        theirs = getattr(module, block_name)(getattr(transformers, config_name)(**settings))
+    theirs.load_state_dict(block.to_transformers(), assign=True)
+    theirs.eval()
+    if family == "gpt_oss":
+        return lambda x_BSD: theirs(x_BSD)[0]
+    run: Callable[[Tensor], Tensor] = theirs
     return run
