@@ -209,6 +209,61 @@ def wrong(rank: int, kind: str) -> tuple[str, str]:
     return "", "no error"
 
 
+class Normed(Branches):
+    """Branches with buffers."""
+
+    def __init__(self) -> None:
+        super().__init__(5, 2)
+        for expert in self.experts:
+            expert.append(nn.BatchNorm1d(DIM))
+
+
+def state_is_whole(rank: int, name: str) -> list[bytes]:
+    """What comes out of the ranks is what went in, and what training made of it."""
+    torch.manual_seed(0)
+    whole = {"normed": Normed, "both": Both}[name]().double()
+    model = copy.deepcopy(whole)
+    done = brt_dist.parallelize(model)
+    state = done.state_dict(model)
+    assert list(state) == list(whole.state_dict())
+    for key, tensor in whole.state_dict().items():
+        assert torch.equal(state[key], tensor), key
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            parameter += 1 if key in done.experts else 2
+    state = done.state_dict(model)
+    for key, tensor in whole.named_parameters():
+        steps = (state[key] - tensor).round()
+        is_expert = "experts" in key or "up" in key or "down" in key
+        assert bool((steps == (1 if is_expert else 2)).all()), key
+    again = copy.deepcopy(whole)
+    again.load_state_dict(state)
+    x = cells_of(rank, 4).double()
+    again, model = again.eval(), model.eval()
+    torch.testing.assert_close(model(x), again(x))
+    return [tensor.numpy().tobytes() for tensor in state.values()]
+
+
+def planned(rank: int, wrong_ranks: int) -> str:
+    """Placed as `brt_dist.plan` says, which is refused for another number of ranks."""
+    torch.manual_seed(0)
+    whole = nn.Sequential(Branches(8, 1), nn.Tanh(), Branches(8, 1))
+    batches = [cells_of(r, 64) for r in range(4)]
+    profile = brt.profile(whole.eval(), batches)
+    plan = brt_dist.plan(profile, dist.get_world_size() + wrong_ranks, "balance")
+    model = copy.deepcopy(whole)
+    try:
+        brt_dist.parallelize(model, placement=plan)
+    except brt.BrtError as error:
+        return f"{type(error).__name__}: {error}"
+    for layer, path in enumerate(("0", "2")):
+        scatter = model.get_submodule(path).scatter
+        assert list(scatter.spread.rank_P) == plan.rank_LE[layer].tolist()
+    x = cells_of(rank, 9)
+    close(model(x), whole(x).detach())
+    return ""
+
+
 def left_alone(rank: int) -> None:
     model = Both()
     done = brt_dist.parallelize(model, leave=["first"])

@@ -64,6 +64,18 @@ def test_ranks_must_agree(ranks_of: Callable[[int], Ranks]) -> None:
         assert "parallelize: on rank 1: Linear has no brt.ExpertRouter" in message
 
 
+@pytest.mark.parametrize("name", ["normed", "both"])
+def test_state_is_whole(name: str, ranks_of: Callable[[int], Ranks]) -> None:
+    states = [state for n in (1, 2, 3) for state in ranks_of(n).run(cases.state_is_whole, name)]
+    assert all(state == states[0] for state in states)
+
+
+def test_as_planned(ranks: Ranks) -> None:
+    assert set(ranks.run(cases.planned, 0)) == {""}
+    for error in ranks.run(cases.planned, 1):
+        assert error.startswith("PlacementError: parallelize: on rank 0: this plan is for"), error
+
+
 def test_modules_are_left_alone(ranks_of: Callable[[int], Ranks]) -> None:
     ranks_of(2).run(cases.left_alone)
 

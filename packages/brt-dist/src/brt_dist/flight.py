@@ -52,7 +52,7 @@ class Flight:
                 self._start(buffer, flow)
 
     def _start(self, buffer: Tensor, flow: Tensor) -> None:
-        course, (received, sent) = self._course, map(_as_bytes, (buffer, flow))
+        course, (received, sent) = self._course, map(as_bytes, (buffer, flow))
         with naming_failures(course.what, course.group):
             work = dist.all_to_all_single(
                 received, sent, course.receive, course.send, group=course.group, async_op=True
@@ -154,6 +154,7 @@ def _packed(rows: Tensor) -> Tensor:
     return rows.new_empty(rows.shape).copy_(rows)
 
 
-def _as_bytes(rows: Tensor) -> Tensor:
+def as_bytes(rows: Tensor) -> Tensor:
+    """Rows of any dtype as rows of bytes; the same memory."""
     flat = rows.view(rows.shape[0], math.prod(rows.shape[1:]))
     return flat.view(torch.uint8)
