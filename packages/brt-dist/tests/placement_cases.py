@@ -1,13 +1,18 @@
 """Synthetic routing with structure, for tests of placement.
 
-Legend: T tokens, L layers, K choices, E experts.
+Legend: T tokens, L layers, K choices, E experts, N cells, D features.
 """
 
 from __future__ import annotations
 
 import numpy as np
+import torch
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from torch import Tensor, nn
+
+import brt
+import brt_dist
 
 Ints = NDArray[np.int64]
 
@@ -47,3 +52,39 @@ def traces(draw: st.DrawFn) -> tuple[Ints, int]:
     choice_TLK = np.argsort(-likes, axis=2)[:, :, :top_k]
     choice_TLK[rng.random(choice_TLK.shape) < draw(st.sampled_from((0.0, 0.3)))] = -1
     return choice_TLK, num_ranks
+
+
+class Mixture(nn.Module):
+    """A mixture whose router decides about the cells that it is given."""
+
+    def __init__(self, dim: int, num_experts: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(dim, num_experts)
+        self.scatter = brt.ScatterRouter(brt.protocols.TopK(1), num_paths=num_experts)
+        self.experts = nn.ModuleList(nn.Linear(dim, dim) for _ in range(num_experts))
+        self.gather = brt.GatherRouter()
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        paths, route = self.scatter(x_ND, self.gate(x_ND).softmax(-1))
+        return self.gather([e(path) for e, path in zip(self.experts, paths, strict=True)], route)
+
+
+class Mixtures(nn.Module):
+    """Two mixtures, one after the other."""
+
+    def __init__(self, dim: int = 8, num_experts: int = 4) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(Mixture(dim, num_experts), Mixture(dim, num_experts))
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        return self.layers(x_ND)
+
+
+def planned_equals_one_process(rank: int, placement: dict[str, list[int]]) -> None:
+    """The model, spread by a placement, gives what one process gives."""
+    model = Mixtures()
+    x_ND = torch.randn(9, 8, generator=torch.Generator().manual_seed(rank))
+    expected = model(x_ND)
+    brt_dist.parallelize(model, placement=placement)
+    torch.testing.assert_close(model(x_ND), expected)

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from placement_cases import clustered
+from placement_cases import Mixtures, clustered, planned_equals_one_process
+from ranks import Ranks
 from torch import Tensor, nn
 
 import brt
@@ -85,6 +87,18 @@ def test_a_plan_is_for_its_model(profile: brt.Profile) -> None:
         found.check(nn.Linear(2, 2), 2)
     plan(np.zeros((1, 3, 1), np.int64), 1).rank_LE  # noqa: B018
     plan(of_trace(np.zeros((1, 3, 1), np.int64), num_experts=4), 2).check(Chain(), 2)
+
+
+@pytest.mark.dist
+def test_a_plan_is_carried_out(ranks_of: Callable[[int], Ranks]) -> None:
+    profile = brt.profile(Mixtures(), [torch.randn(60, 8)], progress=False)
+    found = plan(profile, 2, "balance")
+    placement = found.placement(Mixtures(), 2)
+    assert list(placement) == ["layers.0", "layers.1"]
+    assert sorted(placement["layers.0"]) == [0, 0, 1, 1]
+    # Another than the default
+    placement["layers.1"] = [1 - rank for rank in placement["layers.1"]]
+    ranks_of(2).run(planned_equals_one_process, placement)
 
 
 def test_a_profile_of_several_choices_admits_balance() -> None:

@@ -125,8 +125,20 @@ class Plan:
         np.add.at(load_LW, (layer, rank), load_LE[layer, expert] / pieces_LE[layer, expert])
         return load_LW
 
-    def check(self, model: nn.Module, num_ranks: int) -> None:
-        """Raise `PlacementError` unless this is a plan for such a model and so many ranks."""
+    def placement(self, model: nn.Module, num_ranks: int) -> dict[str, list[int]]:
+        """For `brt_dist.parallelize`: for the path of each mixture, the rank of each expert.
+
+        Raises `PlacementError` unless this is a plan for such a model and so many ranks.
+        """
+        routers = self.check(model, num_ranks)
+        ranks = zip(routers, self.rank_LE.tolist(), strict=True)
+        return {router.rpartition(".")[0]: rank_E for router, rank_E in ranks}
+
+    def check(self, model: nn.Module, num_ranks: int) -> tuple[str, ...]:
+        """Raise `PlacementError` unless this is a plan for such a model and so many ranks.
+
+        Returns the paths of the routers that the layers are.
+        """
         from brt.profile import signature
 
         if num_ranks != self.num_ranks:
@@ -145,6 +157,7 @@ class Plan:
                 f"{self.num_experts} paths ({', '.join(self.layers[:3])}, ...); "
                 f"{type(model).__name__} has {experts or 'none'}"
             )
+        return layers
 
     def save(self, path: str | Path) -> None:
         """Write a JSON file, whole or not at all."""
