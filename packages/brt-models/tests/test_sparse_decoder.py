@@ -6,11 +6,14 @@ Legend: B sequences, S tokens of one, N tokens, P experts, D features.
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import brt
@@ -19,7 +22,7 @@ from brt.errors import BrtError, ProtocolError
 from brt.protocols import TopK
 from brt.testing import check_protocol
 from brt_models import _plugin
-from brt_models.sparse_decoder import GroupLimitedTopK, SparseBlock, SparseBlockConfig, sample
+from brt_models.sparse_decoder import GroupLimitedTopK, SparseBlock, SparseBlockConfig, load, sample
 from brt_models.workloads.sparse_decoder import IndexLoop, sparse_block
 
 FAMILIES = ("mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3", "gpt_oss")
@@ -94,6 +97,86 @@ def test_weights_go_both_ways(case: str) -> None:
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
         assert torch.equal(found[name], tensor), name
+
+
+LANGUAGE_MODEL = {
+    "vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "num_experts_per_tok": 2,
+}  # fmt: skip
+IN_GROUPS = {
+    "moe_intermediate_size": 12, "n_routed_experts": 4, "n_group": 2, "topk_group": 1,
+    "first_k_dense_replace": 1, "n_shared_experts": 1, "intermediate_size": 24,
+}  # fmt: skip
+SAVED: dict[str, dict[str, Any]] = {
+    "Mixtral": {"intermediate_size": 24, "num_local_experts": 4},
+    "Qwen3Moe": {"moe_intermediate_size": 12, "num_experts": 4, "head_dim": 8},
+    "DeepseekV2": IN_GROUPS,
+    "DeepseekV3": IN_GROUPS,
+    "GptOss": {"intermediate_size": 24, "num_local_experts": 4, "head_dim": 8},
+}
+
+
+def save_language_model(family: str, folder: Path, **how: Any) -> nn.Module:
+    """A model of transformers, saved in the container of the hub; its second layer's block."""
+    transformers = pytest.importorskip("transformers", minversion="5.0")
+    config = getattr(transformers, f"{family}Config")(**LANGUAGE_MODEL, **SAVED[family])
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    block: nn.Module = model.model.layers[1].mlp
+    with torch.no_grad():
+        for tensor in block.state_dict().values():
+            tensor.copy_(torch.randn_like(tensor) * 0.3)
+    model.save_pretrained(folder, **how)
+    return block
+
+
+@pytest.mark.parametrize("family", SAVED)
+@torch.no_grad()
+def test_loads_one_layer_of_a_model(family: str, tmp_path: Path) -> None:
+    block = save_language_model(family, tmp_path)
+    own = load(tmp_path, layer=1)
+    assert not own.training
+    x_BSD = torch.randn(2, 5, 16)
+    wanted = block(x_BSD)
+    wanted = wanted[0] if isinstance(wanted, tuple) else wanted
+    torch.testing.assert_close(own(x_BSD), wanted, rtol=1e-5, atol=1e-5)
+    with pytest.raises(BrtError, match="has no experts"):
+        load(tmp_path, layer=7)
+    if "Deepseek" in family:
+        with pytest.raises(BrtError, match="it is dense"):
+            load(tmp_path, layer=0)
+
+
+def test_only_the_shards_of_the_layer_are_read(tmp_path: Path) -> None:
+    save_language_model("Mixtral", tmp_path, max_shard_size="4KB")
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    of_layer = {s for name, s in index["weight_map"].items() if "layers.1.block_sparse" in name}
+    for shard in set(index["weight_map"].values()) - of_layer:
+        (tmp_path / shard).unlink()
+    assert load(tmp_path, layer=1).config.num_experts == 4
+    (tmp_path / sorted(of_layer)[0]).unlink()
+    with pytest.raises(BrtError, match="lacks 1 of"):
+        load(tmp_path, layer=1)
+
+
+def test_everything_of_a_layer_that_does_not_fit(tmp_path: Path) -> None:
+    save_language_model("Mixtral", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    stem = "model.layers.1.block_sparse_moe.experts"
+    del tensors[f"{stem}.2.w3.weight"]
+    tensors[f"{stem}.0.w2.weight"] = torch.zeros(3, 24)
+    tensors[f"{stem}.1.w1.weight"] = torch.zeros(24, 16).to(torch.float8_e4m3fn)
+    tensors[f"{stem}.4.w1.weight"] = torch.zeros(24, 16)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(BrtError) as failure:
+        load(tmp_path, layer=1)
+    for part in (
+        "4 complaints",
+        "missing: experts.2.up_proj.weight",
+        "not of this model: experts.4.gate_proj.weight",
+        "experts.0.down_proj.weight is [3, 24], not [16, 24]",
+        "float8_e4m3fn",
+    ):
+        assert part in str(failure.value)
 
 
 def test_weights_of_another_block() -> None:

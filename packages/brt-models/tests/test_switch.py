@@ -358,9 +358,11 @@ def test_damaged_files(tmp_path: Path) -> None:
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(BrtError, match="lacks 1 of 2 shards: model-00002"):
         switch.load(tmp_path)
-    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../a.bin"}}')
-    with pytest.raises(BrtError, match="not files beside it"):
-        switch.load(tmp_path)
+    for shard in ('"../a.bin"', "[1]", "null"):
+        index = '{"weight_map": {"a": ' + shard + "}}"
+        (tmp_path / "model.safetensors.index.json").write_text(index)
+        with pytest.raises(BrtError, match="not files beside it"):
+            switch.load(tmp_path)
     whole(tmp_path, tensors)
     data = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(data[: len(data) // 2])

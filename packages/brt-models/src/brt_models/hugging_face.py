@@ -30,25 +30,29 @@ def read_config(folder: Path) -> dict[str, Any]:
     return _read_json(folder / CONFIG)
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All weights of a folder by name; raises where shards, or anything in them, are missing."""
+def read_tensors(folder: Path, prefix: str = "") -> dict[str, Tensor]:
+    """The weights of a folder whose names begin so, from the shards that hold any of them.
+
+    Raises where such a shard, or anything that the index promises in it, is missing.
+    """
     for name in WEIGHTS:
         if (folder / name).exists():
-            return read_file(folder / name)
+            return read_file(folder / name, prefix)
         index = folder / f"{name}.index.json"
         if index.exists():
-            return _read_shards(index)
+            return _read_shards(index, prefix)
     raise BrtError(
         f"{folder} holds no weights: neither {' nor '.join(WEIGHTS)}, nor one's .index.json"
     )
 
 
-def read_file(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, or of one that torch wrote."""
+def read_file(path: Path, prefix: str = "") -> dict[str, Tensor]:
+    """The tensors of a safetensors file, or of one that torch wrote, whose names begin so."""
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+                return {name: file.get_tensor(name) for name in names}
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError, EOFError, SafetensorError) as error:
         raise BrtError(f"cannot read {path}: {error}") from error
@@ -59,7 +63,7 @@ def read_file(path: Path) -> dict[str, Tensor]:
         ) from error
     if not isinstance(loaded, Mapping) or not all(isinstance(v, Tensor) for v in loaded.values()):
         raise BrtError(f"{path} is no state dict: names and tensors, nothing else")
-    return dict(loaded)
+    return {name: tensor for name, tensor in loaded.items() if name.startswith(prefix)}
 
 
 def assign(model: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype, what: str) -> None:
@@ -95,21 +99,23 @@ def refuse(what: str, complaints: Iterable[str]) -> None:
         raise BrtError(f"{what} does not fit, {len(lines)} complaints:\n  " + "\n  ".join(lines))
 
 
-def _read_shards(index: Path) -> dict[str, Tensor]:
+def _read_shards(index: Path, prefix: str) -> dict[str, Tensor]:
     shard_of = _read_json(index).get("weight_map")
     if not isinstance(shard_of, dict):
         raise BrtError(f"{index} has no weight_map that says which shard holds which weight")
-    shards = sorted(set(shard_of.values()))
-    strange = [name for name in shards if not isinstance(name, str) or Path(name).name != name]
+    shard_of = {name: shard for name, shard in shard_of.items() if name.startswith(prefix)}
+    named = shard_of.values()
+    strange = [name for name in named if not isinstance(name, str) or Path(name).name != name]
     if strange:
-        raise BrtError(f"{index} names shards that are not files beside it: {strange}")
+        raise BrtError(f"{index} names shards that are not files beside it: {strange[:3]}")
+    shards = sorted(set(named))
     missing = [name for name in shards if not (index.parent / name).exists()]
     if missing:
         raise BrtError(f"{index.parent} lacks {len(missing)} of {len(shards)} shards: "
                        f"{', '.join(missing)}")  # fmt: skip
     tensors: dict[str, Tensor] = {}
     for name in shards:
-        tensors |= read_file(index.parent / name)
+        tensors |= read_file(index.parent / name, prefix)
     refuse(
         str(index), [f"{name} is in no shard" for name in sorted(shard_of) if name not in tensors]
     )

@@ -20,6 +20,7 @@ def _sparse_block(family: str, what: str, paper: str) -> brt.ModelSpec:
         title=f"Sparse block, {family}",
         cells="a token",
         paper=paper,
+        checkpoints=("huggingface",),
     )
 
 

@@ -7,6 +7,7 @@ Each is a gate, whose rule is a protocol, and experts of which every token takes
 
 from brt_models.sparse_decoder.block import SparseBlock, sample
 from brt_models.sparse_decoder.config import SparseBlockConfig
+from brt_models.sparse_decoder.files import load
 from brt_models.sparse_decoder.protocols import GroupLimitedTopK
 
-__all__ = ["GroupLimitedTopK", "SparseBlock", "SparseBlockConfig", "sample"]
+__all__ = ["GroupLimitedTopK", "SparseBlock", "SparseBlockConfig", "load", "sample"]
