@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import brt
-from brt_models import dynamic_routing, msdnet, patch_sr, ranet, taskmoe
+from brt_models import dynamic_routing, msdnet, patch_sr, ranet, swin_moe, taskmoe
 from brt_models.adapters import ADAPTERS
 from brt_models.language_models import MODELS, PROTOCOLS, WORKLOADS
 from brt_models.workloads import dynamic_routing as dynamic_routing_workloads
 from brt_models.workloads import msdnet as msdnet_workloads
 from brt_models.workloads import patch_sr as patch_sr_workloads
 from brt_models.workloads import ranet as ranet_workloads
+from brt_models.workloads import swin_moe as swin_moe_workloads
 from brt_models.workloads import taskmoe as taskmoe_workloads
 
 
@@ -75,6 +76,16 @@ def brt_models() -> Iterable[brt.ModelSpec]:
         cells="a sentence",
         paper="Kudugunta et al. (EMNLP 2021)",
     )
+    yield brt.ModelSpec(
+        name="swin-moe",
+        summary="windowed vision transformer with mixtures of experts",
+        factory=swin_moe.small,
+        sample=swin_moe.sample,
+        title="Swin-MoE",
+        cells="a token",
+        paper="Hwang et al., Tutel (MLSys 2023); Liu et al. (ICCV 2021)",
+        checkpoints=("tutel-ranks",),
+    )
     yield from MODELS
 
 
@@ -119,6 +130,11 @@ def brt_workloads() -> Iterable[brt.WorkloadSpec]:
         name="taskmoe",
         summary="sentences of random tasks through TaskMoE",
         factory=taskmoe_workloads.sentences,
+    )
+    yield brt.WorkloadSpec(
+        name="swin-moe",
+        summary="one mixture of Swin-MoE's third stage",
+        factory=swin_moe_workloads.mixture,
     )
     yield from WORKLOADS
 
