@@ -270,6 +270,12 @@ def test_groups_that_cannot_be(options: dict[str, Any], says: str) -> None:
             ),
             "use silu",
         ),
+        (
+            lambda: SparseBlockConfig.from_hugging_face(
+                {"model_type": "mixtral", **MIXTRAL, "hidden_size": "16"}
+            ),
+            "strange field",
+        ),
     ],
 )
 def test_configs_that_contradict(make: Callable[[], object], says: str) -> None:

@@ -226,6 +226,9 @@ def test_contradictory_configs(changes: dict[str, Any], says: str) -> None:
 def test_config_of_another_model() -> None:
     with pytest.raises(BrtError, match="'t5' model"):
         switch.SwitchConfig.from_hugging_face({"model_type": "t5"})
+    for strange in ({"dropout_rate": "0.1"}, {"num_heads": "12"}, {"eos_token_id": [1, 2]}):
+        with pytest.raises(BrtError, match=r"strange field|must be"):
+            switch.SwitchConfig.from_hugging_face(strange)
     with pytest.raises(BrtError, match="there are models of 8, 16"):
         switch.SwitchConfig.base(7)
 

@@ -152,6 +152,10 @@ class SparseBlockConfig:
             return read(given)
         except KeyError as error:
             raise BrtError(f"config of a {model_type!r} model without {error}") from error
+        except TypeError as error:
+            raise BrtError(
+                f"config of a {model_type!r} model with a strange field: {error}"
+            ) from error
 
 
 def _mixtral(given: Mapping[str, Any]) -> SparseBlockConfig:

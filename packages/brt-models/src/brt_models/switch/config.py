@@ -127,7 +127,12 @@ class SwitchConfig:
             taken["num_decoder_layers"] = taken.get("num_layers", cls.num_layers)
         if taken.get("decoder_start_token_id", 0) is None:
             taken["decoder_start_token_id"] = taken.get("pad_token_id", cls.pad_token_id)
-        return cls(**(_LEFT_OUT | taken))
+        try:
+            return cls(**(_LEFT_OUT | taken))
+        except TypeError as error:
+            raise BrtError(
+                f"config of a {MODEL_TYPE!r} model with a strange field: {error}"
+            ) from error
 
     def to_hugging_face(self) -> dict[str, Any]:
         """What a ``config.json`` says; one that never drops has a capacity beyond all sequences."""
