@@ -216,8 +216,8 @@ def check(flows: Sequence[Tensor], counts: Sequence[Tensor], group: Group) -> li
                 f"each expert of a rank; got {list(counts_WG.shape)}"
             )
     found = [counts_WG.detach().cpu() for counts_WG in counts]
-    total = sum(int(counts_WG.sum()) for counts_WG in found)
-    least = min(int(counts_WG.min()) for counts_WG in found)
+    total = sum(int(counts_WG.numpy().sum()) for counts_WG in found)
+    least = min(int(counts_WG.numpy().min()) for counts_WG in found)
     if least < 0:
         raise ExchangeError(f"counts must not be negative, got {least}")
     if total != flows[0].shape[0]:
