@@ -40,6 +40,14 @@ def test_one_message_by_hand() -> None:
     assert SIM.exchange_s(rows_WW) == pytest.approx(1e-6 + 2000 / 1e9 + 10e-6 + 3000 / 1e8)
 
 
+def test_ranks_that_share_their_host() -> None:
+    rows_WW = np.zeros((4, 4))
+    rows_WW[0, 1], rows_WW[1, 0] = 6, 2
+    shared = dataclasses.replace(SIM, shared_within=True)
+    assert SIM.exchange_s(rows_WW) == pytest.approx(1e-6 + 6000 / 1e9)
+    assert shared.exchange_s(rows_WW) == pytest.approx(1e-6 + 4000 / 1e9)
+
+
 def test_hierarchical_by_hand() -> None:
     rows_WW = np.zeros((4, 4))
     rows_WW[0, 3] = 2  # by rank 1 of its host

@@ -46,11 +46,14 @@ class Simulator:
         exchange: "direct" (each rank to each), "hierarchical" (first within a host to the rank
             with the receiver's place, then between hosts), or "padded" (direct, with every message
             as long as the longest).
+        shared_within: the ranks of a host share what moves bytes between them, as processes on the
+            cores of one CPU do: then the bytes of all of them count, not the busiest rank's.
     """
 
     topology: Topology
     work: Work
     exchange: str = "direct"
+    shared_within: bool = False
 
     def __post_init__(self) -> None:
         if self.exchange not in EXCHANGES:
@@ -123,15 +126,25 @@ class Simulator:
         return self._direct_s(first.reshape(shape)) + self._direct_s(second.reshape(shape))
 
     def _direct_s(self, bytes_WW: Floats) -> float:
-        host_W = self.topology.host_W
-        near_WW = host_W[:, None] == host_W
-        seconds_WW = np.where(
-            near_WW,
-            _seconds(self.topology.within, bytes_WW),
-            _seconds(self.topology.between, bytes_WW),
-        )
-        np.fill_diagonal(seconds_WW, 0.0)
-        return float(max(seconds_WW.sum(0).max(), seconds_WW.sum(1).max()))
+        topology = self.topology
+        near_WW = topology.host_W[:, None] == topology.host_W
+        moves_WW = ~np.eye(topology.num_ranks, dtype=bool)
+        slowest = 0.0
+        for axis in (0, 1):  # receiving, sending
+            inside_WW = bytes_WW * (near_WW & moves_WW)
+            near_W = self._seconds_W(topology.within, inside_WW, axis, self.shared_within)
+            far_W = self._seconds_W(topology.between, bytes_WW * ~near_WW, axis, False)
+            slowest = max(slowest, float((near_W + far_W).max()))
+        return slowest
+
+    def _seconds_W(self, link: Link, bytes_WW: Floats, axis: int, shared: bool) -> Floats:
+        """Of each rank's messages by one kind of link."""
+        messages_W, bytes_W = (bytes_WW > 0).sum(axis), bytes_WW.sum(axis)
+        if shared:
+            mean_H = bytes_W.reshape(self.topology.hosts, -1).mean(1)
+            bytes_W = mean_H[self.topology.host_W]
+        seconds_W: Floats = messages_W * link.alpha_us * 1e-6 + bytes_W / (link.beta_gbs * 1e9)
+        return seconds_W
 
 
 def calibrate(
@@ -189,12 +202,6 @@ def even_step(
     rows_W = np.full(num_ranks, float(cells_per_rank * top_k))
     exchange_s = 2 * num_layers * simulator.exchange_s(rows_WW)
     return StepTime(exchange_s, num_layers * simulator.compute_s(rows_W))
-
-
-def _seconds(link: Link, bytes_WW: Floats) -> Floats:
-    """Of each message; none where there are no bytes."""
-    seconds_WW = link.alpha_us * 1e-6 + bytes_WW / (link.beta_gbs * 1e9)
-    return np.where(bytes_WW > 0, seconds_WW, 0.0)
 
 
 def _visits_W(traffic: Traffic, rank_E: Ints, layer: int, num_ranks: int) -> Floats:
