@@ -5,6 +5,8 @@ Legend: N cells, D features, L length of a cache.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -257,8 +259,19 @@ class Differentiable(nn.Module):
         return torch.cat([x, state["cache"][0].flatten(1)], 1)
 
 
+@contextlib.contextmanager
+def refused_by_old_torch() -> Iterator[None]:
+    """torch 2.11 refuses the backward of a compiled loop, for what its own backward does."""
+    if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12):
+        yield
+        return
+    with pytest.raises(Exception, match="might be aliasing the input or the output"):
+        yield
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("frozen", [False, True])
+@refused_by_old_torch()
 def test_compiled_gradients(frozen: bool, backend: str, device: torch.device) -> None:
     """Of x and of parameters, through state that needs none at the start; frozen: of x alone."""
     model = Differentiable().to(device)
@@ -270,6 +283,7 @@ def test_compiled_gradients(frozen: bool, backend: str, device: torch.device) ->
         same_outcome(model, run, (x,), f"{num_cells=}")
 
 
+@refused_by_old_torch()
 def test_compiled_gradients_of_parameters_alone(device: torch.device) -> None:
     model = Differentiable().to(device)
     run = compiled(model)

@@ -22,9 +22,10 @@ def _installed() -> Iterator[None]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_brt_runs_these_kernels(op: str, dtype: torch.dtype, device: torch.device) -> None:
     args = arguments(device, dtype)[op]
-    if device.type == "cuda" and op in plugin.CPU_ONLY:
-        pytest.skip("has no CUDA kernel")
-    assert brt.ops.explain(op, *args).chosen == "brt-kernels"
+    chosen = brt.ops.explain(op, *args).chosen
+    # Of halves on CUDA torch and Triton have products too; which is the faster depends on sizes
+    others = ("torch-grouped-mm", "brt-triton") if device.type == "cuda" else ()
+    assert chosen in ("brt-kernels", *(others if dtype == torch.bfloat16 else ()))
     call = getattr(torch.ops.brt, op)
     got = call(*args)
     with brt.ops.use("reference"):

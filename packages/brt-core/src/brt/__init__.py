@@ -24,6 +24,7 @@ from brt.grouped import each, grouped
 from brt.hookspecs import hookimpl
 from brt.optimize import optimize
 from brt.optimized import Optimized
+from brt.plan_files import load
 from brt.profile import Profile, profile
 from brt.route import Route
 from brt.routers import (
@@ -89,6 +90,7 @@ __all__ = [
     "each",
     "grouped",
     "hookimpl",
+    "load",
     "losses",
     "netlet",
     "ops",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from typing import Any
 
@@ -52,6 +52,22 @@ def optimize(
     Raises `PassError` where a pass fails, or moves the result; `ProfileError` where the profile is
     not of this model; `PluginError` for an unknown name.
     """
+    return optimize_as(
+        model, profile, passes, sample=sample, verify=verify, warn_refusals=passes is not None
+    )
+
+
+def optimize_as(
+    model: nn.Module,
+    profile: Profile | None,
+    passes: Iterable[str | Pass] | None,
+    *,
+    sample: Any,
+    verify: bool,
+    warn_refusals: bool,
+    known: Mapping[str, bool] | None = None,
+) -> Optimized:
+    """`optimize`, with decisions that are known already (`brt.load`)."""
     _check_model(model)
     chosen = resolve(DEFAULT if passes is None else passes)
     _check_profile(model, profile, chosen)
@@ -63,7 +79,7 @@ def optimize(
         warnings.warn(f"optimize: nothing to work on: {reasons}", PluginWarning, stacklevel=2)
     before = {work.path: _view(work) for work in works}
     checks = verify and sample is not None
-    run_passes(chosen, works, verify=checks, warn_refusals=passes is not None)
+    run_passes(chosen, works, verify=checks, warn_refusals=warn_refusals, known=known or {})
     put_back(works)
     fast = Optimized(copy)
     error = _compare(fast, chosen, wanted, sample) if checks else None
@@ -94,6 +110,7 @@ def optimize(
         profile=None if profile is None else profile.digest(),
         stats=fast.counts,
     )
+    fast._made_by = (chosen, profile)
     return fast
 
 

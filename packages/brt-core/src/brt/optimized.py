@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
-from typing import Any, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, fx, nn
@@ -13,6 +15,10 @@ from torch import Tensor, fx, nn
 from brt.errors import PassError
 from brt.guard import Count, Guard, Guarded
 from brt.report.data import Report
+
+if TYPE_CHECKING:
+    from brt.passes.base import Pass
+    from brt.profile import Profile
 
 _BOOKKEEPING = tuple(nn.Module().__dict__)
 
@@ -141,6 +147,7 @@ class Optimized(NotPickled, nn.Module):
     """
 
     _report: Report
+    _made_by: tuple[tuple[Pass, ...], Profile | None]
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -170,6 +177,16 @@ class Optimized(NotPickled, nn.Module):
         """Count from zero again."""
         for guard in self._guards():
             guard.reset()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write how this was made: passes, profile, and what was measured; no weights.
+
+        `brt.load` makes it again of the same model, without measuring. The file is safetensors.
+        Raises `PassError` for a pass that cannot be named in a file.
+        """
+        from brt.plan_files import save_plan  # it imports optimize, which imports this
+
+        save_plan(self, Path(path))
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode."""

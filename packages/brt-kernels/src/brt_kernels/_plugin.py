@@ -271,13 +271,28 @@ def _cuda_chain_refuses(
     return _same(x_RCHW, *params) or _indices(offsets)
 
 
+# On an H200 torch's convolutions are the faster ones from there on, and for a single path.
+MOST_CUDA_CHANNELS = 64
+
+
+def _cuda_conv2d_refuses(x_P: Sequence[Tensor], weight_P: Sequence[Tensor], *_: Any) -> str | None:
+    if len(x_P) == 1:
+        return "leaves a single path to torch"
+    channels = max(weight.shape[1] for weight in weight_P)
+    if channels > MOST_CUDA_CHANNELS:
+        return (
+            f"leaves more than {MOST_CUDA_CHANNELS} channels of a group to torch, here {channels}"
+        )
+    return None
+
+
 CUDA_REFUSES: dict[str, Callable[..., str | None]] = {
+    "grouped_conv2d": _cuda_conv2d_refuses,
     "route": _cuda_route_refuses,
     "route_mask": _cuda_route_refuses,
     "grouped_linear": _cuda_linear_refuses,
     "conv_chain": _cuda_chain_refuses,
 }
-CPU_ONLY = ("grouped_conv2d",)
 
 
 def _both(
@@ -342,8 +357,6 @@ def brt_kernels() -> Iterator[KernelSpec]:
             refuses=refuses,
             estimate=estimate("cpu"),
         )
-        if op in CPU_ONLY:
-            continue
         cuda_refuses = _both(refuses, CUDA_REFUSES[op]) if op in CUDA_REFUSES else refuses
         yield KernelSpec(
             op=op,

@@ -1,6 +1,7 @@
 """Passes: rewrites of traced graphs, driven by a profile and kept right by guards."""
 
 from brt.passes.base import Call, Context, Left, Lowering, Pass, Record
+from brt.passes.capture import Capture
 from brt.passes.drop_dead_paths import DropDeadPaths
 from brt.passes.fold_permanent_paths import FoldPermanentPaths
 from brt.passes.fuse_conv_chains import FuseConvChains
@@ -9,6 +10,7 @@ from brt.passes.fuse_vertical import FuseVertical
 from brt.passes.match import Scatter, scatters
 
 BUILTIN: tuple[type[Pass], ...] = (
+    Capture,
     DropDeadPaths,
     FoldPermanentPaths,
     FuseConvChains,
@@ -30,6 +32,7 @@ __all__ = [
     "BUILTIN",
     "DEFAULT",
     "Call",
+    "Capture",
     "Context",
     "DropDeadPaths",
     "FoldPermanentPaths",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -51,6 +52,7 @@ class Record:
         refused: why the pass did not take this region; None where it did.
         max_error: the largest difference from the original's output on the sample, after this
             pass; None where nothing was compared.
+        decisions: what it measured: whether the new form was worth it, by the name of the place.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Record:
     left: tuple[Left, ...] = ()
     refused: str | None = None
     max_error: float | None = None
+    decisions: Mapping[str, bool] = field(default_factory=dict)
 
     def __str__(self) -> str:
         where = self.region or "model"
@@ -84,6 +87,7 @@ class Record:
             "left": [{"what": left.what, "why": left.why} for left in self.left],
             "refused": self.refused,
             "max_error": self.max_error,
+            "decisions": dict(self.decisions),
         }
 
 
@@ -107,6 +111,7 @@ class Context:
         profile: of the region: keys start at it, and each of its calls is a forward; None where
             there is no profile, or it knows no router of the region.
         sample: the region's calls while the model ran on the sample; empty without one.
+        known: decisions of an earlier optimisation of this model, by `decide`'s keys.
     """
 
     pass_name: str
@@ -114,6 +119,8 @@ class Context:
     scope: nn.Module
     profile: Profile | None = None
     sample: tuple[Call, ...] = ()
+    known: Mapping[str, bool] = field(default_factory=dict)
+    decisions: dict[str, bool] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     left: list[Left] = field(default_factory=list)
 
@@ -124,6 +131,17 @@ class Context:
     def leave(self, what: str, why: str) -> None:
         """Record what is left alone."""
         self.left.append(Left(what, why))
+
+    def decide(self, where: str, measure: Callable[[], bool]) -> bool:
+        """What ``measure()`` says, or said when this model was optimised before and saved.
+
+        ``where`` is what it is about, in the region: the name of a scatter.
+        """
+        key = f"{self.pass_name}:{self.path(where)}"
+        if key in self.known:
+            self.note(f"{where}: as it was measured when the plan was saved")
+        self.decisions[key] = self.known[key] if key in self.known else measure()
+        return self.decisions[key]
 
     def seen(self, scatter: Scatter) -> RouterProfile | None:
         """What the profile knows of a scatter; None where it never ran."""

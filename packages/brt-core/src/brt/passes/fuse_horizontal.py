@@ -16,7 +16,7 @@ from brt import ops
 from brt.errors import PassError
 from brt.ops.grouped_linear import activate
 from brt.passes.base import Context, Pass
-from brt.passes.derived import DerivedTensors
+from brt.passes.derived import DerivedTensors, Slots
 from brt.passes.fusion import FusedBranches, Fusion, NotFusableError, Reader
 from brt.passes.match import draws_random, scatters
 from brt.passes.mlp_matching import Level, LevelMatcher
@@ -72,6 +72,15 @@ class GroupedLevels(FusedBranches):
         super().__init__()
         self._levels = tuple(zip(*branches, strict=True))  # levels of all paths
         self._derived = DerivedTensors()
+        self._slots = {
+            (depth, name): (
+                Slots.of((linear, name) for level in level_P for linear in level.linears),
+                len(level_P[0].linears),
+            )
+            for depth, level_P in enumerate(self._levels)
+            for name in ("weight", "bias")
+            if getattr(level_P[0].linear, name) is not None
+        }
 
     def run(self, rows_RS: Tensor, offsets_P1: Tensor) -> Tensor:
         """`forward`, given only where paths begin."""
@@ -92,17 +101,15 @@ class GroupedLevels(FusedBranches):
 
     def _stacked(self, depth: int, name: str) -> Tensor:
         """Weights ``[P, O, I]`` or biases ``[P, O]`` of a level; of a gated one ``2 * O``."""
-        parts_P = [
-            [getattr(linear, name) for linear in level.linears] for level in self._levels[depth]
-        ]
-        every = [tensor for parts in parts_P for tensor in parts]
+        slots, num_linears = self._slots[depth, name]
 
-        def made() -> Tensor:
-            return torch.stack(
-                [torch.cat(parts) if len(parts) > 1 else parts[0] for parts in parts_P]
-            )
+        def made() -> tuple[Tensor, ...]:
+            rows = range(0, len(every), num_linears)
+            parts_P = [torch.cat(every[i : i + num_linears]) for i in rows]
+            return (torch.stack(parts_P if num_linears > 1 else every),)
 
-        return self._derived.get((depth, name), every, lambda: (made(),))[0]
+        every = slots.read()
+        return self._derived.get((depth, name), every, made)[0]
 
     def kernel(self, rows_RS: Tensor, offsets_P1: Tensor) -> str | None:
         """Name of the kernel that would run the first level."""

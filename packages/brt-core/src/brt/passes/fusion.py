@@ -127,6 +127,9 @@ class Fusion:
 
     def is_faster(self, graph: fx.GraphModule, ctx: Context) -> bool:
         """Whether it beats the branches on the sample, or, without one, by its kernel."""
+        return ctx.decide(self.scatter.name, lambda: self._measure(graph, ctx))
+
+    def _measure(self, graph: fx.GraphModule, ctx: Context) -> bool:
         call = next((c for c in ctx.sample if not c.kwargs), None)
         if call is None:
             return self._has_kernel(ctx)

@@ -14,6 +14,7 @@ from brt import plugins
 from brt.errors import PassError, PluginWarning
 from brt.guard import Spill, compiled
 from brt.passes.base import Call, Context, Pass, Record, require_stateless
+from brt.passes.capture import CapturedRegion
 from brt.passes.match import writes
 from brt.passes.verify import Moved, Tolerance, cloned, largest_error, without_traces
 
@@ -116,15 +117,21 @@ def _cycle(waiting: Sequence[Pass]) -> list[str]:
 
 
 def run_passes(
-    passes: Sequence[Pass], works: Sequence[Work], *, verify: bool, warn_refusals: bool
+    passes: Sequence[Pass],
+    works: Sequence[Work],
+    *,
+    verify: bool,
+    warn_refusals: bool,
+    known: Mapping[str, bool],
 ) -> None:
     """Run every pass on every region, in order; records go to the regions.
 
-    A pass that refuses every region is warned about where the user named it.
+    A pass that refuses every region is warned about where the user named it. ``known`` are
+    decisions that need not be measured again.
     """
     for one in passes:
         for work in works:
-            record = _run(one, work, verify=verify)
+            record = _run(one, work, verify, known)
             work.records.append(record)
             work.changed |= record.changed
             plugins.pass_ran(record, work.graph)
@@ -136,9 +143,9 @@ def run_passes(
             )
 
 
-def _run(one: Pass, work: Work, *, verify: bool) -> Record:
+def _run(one: Pass, work: Work, verify: bool, known: Mapping[str, bool]) -> Record:
     graph = work.graph
-    ctx = Context(one.name, work.path, work.scope, work.profile, work.calls)
+    ctx = Context(one.name, work.path, work.scope, work.profile, work.calls, known)
     before, num_before = _names(work.scope), len(graph.graph.nodes)
     start = time.perf_counter()
     refused, changed = None, False
@@ -173,6 +180,7 @@ def _run(one: Pass, work: Work, *, verify: bool) -> Record:
         tuple(ctx.notes),
         tuple(ctx.left),
         refused,
+        decisions=ctx.decisions,
     )
     return replace(record, max_error=_checked(one, work)) if verify and changed else record
 
@@ -205,8 +213,8 @@ def _clean(work: Work) -> None:
     todo = list(called)
     while todo:
         module = work.inserted().get(todo.pop())
-        if isinstance(module, Spill):
-            # What an earlier pass inserted may run inside the branch that this one moved
+        if isinstance(module, (Spill, CapturedRegion)):
+            # What an earlier pass inserted may run inside what this one moved
             todo += module.calls - called
             called |= module.calls
     for name in work.inserted():

@@ -201,6 +201,10 @@ class Profile:
     routers: Mapping[str, RouterProfile]
     joint: Mapping[tuple[str, str], Tensor]
 
+    def __deepcopy__(self, memo: Any) -> Profile:
+        """Itself: it is frozen."""
+        return self
+
     def __post_init__(self) -> None:
         for name in ("routers_of_model", "routers", "joint"):
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))

@@ -23,11 +23,11 @@ _FORMAT = "brt-profile"
 
 def save_profile(profile: Profile, path: Path) -> None:
     """See `Profile.save`."""
-    header, tensors = _taken_apart(profile)
+    header, tensors = taken_apart(profile)
     metadata = {
         "format": _FORMAT,
         "schema": str(SCHEMA),
-        "digest": _digest(header, tensors),
+        "digest": digest_of_parts(header, tensors),
         "profile": header,
     }
     with atomic_write(path) as beside:
@@ -50,17 +50,18 @@ def load_profile(path: Path) -> Profile:
             "the model again, or load it with the brt that saved it"
         )
     header = metadata.get("profile", "")
-    if metadata.get("digest") != _digest(header, tensors):
+    if metadata.get("digest") != digest_of_parts(header, tensors):
         raise ProfileError(f"load: {path} is damaged: its digest is not that of its content")
-    return _put_together(json.loads(header), tensors)
+    return put_together(json.loads(header), tensors)
 
 
 def digest_of(profile: Profile) -> str:
     """See `Profile.digest`."""
-    return _digest(*_taken_apart(profile))
+    return digest_of_parts(*taken_apart(profile))
 
 
-def _taken_apart(profile: Profile) -> tuple[str, dict[str, Tensor]]:
+def taken_apart(profile: Profile) -> tuple[str, dict[str, Tensor]]:
+    """A profile as a JSON header and named tensors."""
     tensors: dict[str, Tensor] = {}
     for i, router in enumerate(profile.routers.values()):
         for name, value in router.tensors().items():
@@ -78,7 +79,8 @@ def _taken_apart(profile: Profile) -> tuple[str, dict[str, Tensor]]:
     return json.dumps(header), tensors
 
 
-def _put_together(header: dict[str, Any], tensors: dict[str, Tensor]) -> Profile:
+def put_together(header: dict[str, Any], tensors: dict[str, Tensor]) -> Profile:
+    """The profile of a header, read from JSON, and its tensors."""
     routers = {}
     for i, (module, call, num_paths) in enumerate(header["routers"]):
         start = f"routers.{i}."
@@ -95,7 +97,8 @@ def _put_together(header: dict[str, Any], tensors: dict[str, Tensor]) -> Profile
     )
 
 
-def _digest(header: str, tensors: dict[str, Tensor]) -> str:
+def digest_of_parts(header: str, tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of a header and tensors."""
     made = hashlib.sha256(header.encode())
     for name in sorted(tensors):
         tensor = tensors[name]

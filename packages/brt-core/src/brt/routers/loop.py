@@ -36,7 +36,8 @@ class LoopRouter(Router):
 
     Eager calls compact: a finished cell takes no further part. Under ``torch.compile``,
     ``torch.export`` and CUDA graph capture all rows are carried with a mask of those still active
-    (``torch.while_loop``; unrolled under capture), with equal results and gradients. There the
+    (``torch.while_loop``; unrolled under capture), with equal results and gradients (those of a
+    compiled loop work in torch 2.13; 2.11 raises where they are asked for). There the
     netlet is given finished cells too, as they were when they finished, and its results for them
     are dropped: it must not fail on them (clamp a position that has reached the end of a buffer).
 

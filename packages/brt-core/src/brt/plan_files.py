@@ -1,0 +1,184 @@
+"""How an optimised model was made, as a file: passes, profile, and what was measured.
+
+Weights are not in it: it belongs to a model, by the names and shapes of its state.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from brt import plugins
+from brt.errors import PassError, PluginWarning
+from brt.files import atomic_write
+from brt.optimize import optimize_as
+from brt.optimized import Optimized
+from brt.passes.base import Pass
+from brt.profile.files import digest_of_parts, put_together, taken_apart
+
+SCHEMA = 1
+"""Raised whenever files of before can no longer be read as they are."""
+
+_FORMAT = "brt-plan"
+_SHOWN = 4  # differences that a message lists
+
+
+def save_plan(fast: Optimized, path: Path) -> None:
+    """See `Optimized.save`."""
+    passes, profile = fast._made_by
+    header, tensors = ("", {}) if profile is None else taken_apart(profile)
+    plan = {
+        "model": fast.report.model,
+        "training": fast.training,
+        "state": _state_of(fast),
+        "passes": [_named(one) for one in passes],
+        "decisions": {
+            key: worth
+            for region in fast.report.regions
+            for record in region.records
+            for key, worth in record.decisions.items()
+        },
+        "measured_on": _machine(fast),
+        "profile": header,
+    }
+    text = json.dumps(plan)
+    metadata = {
+        "format": _FORMAT,
+        "schema": str(SCHEMA),
+        "digest": digest_of_parts(text, tensors),
+        "plan": text,
+    }
+    with atomic_write(path) as beside:
+        save_file(tensors, beside, metadata)
+
+
+def load(
+    path: str | os.PathLike[str], model: nn.Module, *, sample: Any = None, verify: bool = True
+) -> Optimized:
+    """Make an optimised model again, as `Optimized.save` wrote it: the same passes and profile.
+
+    What passes measured is taken from the file, so that nothing is timed. Where the file comes from
+    another kind of device or another torch, that is measured again, on ``sample``, with a warning.
+
+    Args:
+        path: the file.
+        model: the one that was optimised, with any weights, in the same mode (train or eval).
+        sample, verify: as `brt.optimize` takes them.
+
+    Raises `PassError` for a damaged file, another format or schema, or another model.
+    """
+    plan, tensors = _read(Path(path))
+    _check_model(plan, model, Path(path))
+    known: Mapping[str, bool] = plan["decisions"]
+    machine = _machine(model)
+    if machine != plan["measured_on"]:
+        warnings.warn(
+            f"load: {path} was measured on {_words(plan['measured_on'])}, this is "
+            f"{_words(machine)}: measuring again",
+            PluginWarning,
+            stacklevel=2,
+        )
+        known = {}
+    profile = put_together(json.loads(plan["profile"]), tensors) if plan["profile"] else None
+    passes = [_made(one, Path(path)) for one in plan["passes"]]
+    return optimize_as(
+        model, profile, passes, sample=sample, verify=verify, warn_refusals=False, known=known
+    )
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise PassError(f"load: {path} cannot be read: {error}") from error
+    if metadata.get("format") != _FORMAT:
+        raise PassError(f"load: {path} is no plan; brt.optimize(...).save(path) writes them")
+    if metadata.get("schema") != str(SCHEMA):
+        raise PassError(
+            f"load: {path} has schema {metadata.get('schema')}, this brt reads {SCHEMA}; optimise "
+            "the model again"
+        )
+    text = metadata.get("plan", "")
+    if metadata.get("digest") != digest_of_parts(text, tensors):
+        raise PassError(f"load: {path} is damaged: its digest is not that of its content")
+    plan: dict[str, Any] = json.loads(text)
+    return plan, tensors
+
+
+def _check_model(plan: dict[str, Any], model: nn.Module, path: Path) -> None:
+    saved, here = plan["state"], _state_of(model)
+    names = [name for name in {**saved, **here} if saved.get(name) != here.get(name)]
+    if names or plan["model"] != type(model).__name__:
+        shown = "; ".join(
+            f"{name}: {saved.get(name, 'none')} there, {here.get(name, 'none')} here"
+            for name in names[:_SHOWN]
+        )
+        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        raise PassError(
+            f"load: {path} is of another model: a {plan['model']}, and this is a "
+            f"{type(model).__name__}{': ' if shown else ''}{shown}{more}"
+        )
+    if plan["training"] != model.training:
+        mode = "train" if plan["training"] else "eval"
+        raise PassError(f"load: {path} is of a model in {mode} mode; call model.{mode}() first")
+
+
+def _state_of(model: nn.Module) -> dict[str, str]:
+    return {
+        name: f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if isinstance(tensor, torch.Tensor)
+    }
+
+
+def _named(one: Pass) -> dict[str, Any]:
+    options = asdict(one)  # type: ignore[call-overload]
+    try:
+        json.dumps(options)
+        known = plugins.get("passes", one.name).factory is type(one)
+    except (TypeError, ValueError):
+        known = False
+    if not known:
+        raise PassError(
+            f"save: pass {one!r} cannot be named in a file: it must come by the hook brt_passes, "
+            "with options of plain values"
+        )
+    return {"name": one.name, "options": options}
+
+
+def _made(saved: dict[str, Any], path: Path) -> Pass:
+    options = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in saved["options"].items()
+    }
+    try:
+        made: Pass = plugins.get("passes", saved["name"]).factory(**options)
+    except TypeError as error:
+        raise PassError(
+            f"load: {path} names options that {saved['name']} does not have here: {error}"
+        ) from error
+    return made
+
+
+def _machine(model: nn.Module) -> dict[str, str]:
+    device = next((t.device for t in (*model.parameters(), *model.buffers())), None)
+    kind = "cpu" if device is None else device.type
+    name = torch.cuda.get_device_name(device) if kind == "cuda" else platform.machine()
+    return {"device": f"{kind} ({name})", "torch": torch.__version__.partition("+")[0]}
+
+
+def _words(machine: Mapping[str, str]) -> str:
+    return f"{machine['device']}, torch {machine['torch']}"
