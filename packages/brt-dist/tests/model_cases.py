@@ -264,6 +264,17 @@ def planned(rank: int, wrong_ranks: int) -> str:
     return ""
 
 
+def compiled(rank: int, name: str) -> None:
+    """Under torch.compile the exchange stays outside the graphs."""
+    torch.manual_seed(0)
+    model = MODELS[name]()
+    brt_dist.parallelize(model)
+    x = cells_of(rank, 5)
+    wanted = model(x)
+    torch.compiler.reset()
+    close(torch.compile(model, backend="eager")(x), wanted.detach())
+
+
 def left_alone(rank: int) -> None:
     model = Both()
     done = brt_dist.parallelize(model, leave=["first"])

@@ -76,6 +76,11 @@ def test_as_planned(ranks: Ranks) -> None:
         assert error.startswith("PlacementError: parallelize: on rank 0: this plan is for"), error
 
 
+@pytest.mark.parametrize("name", ["branches", "stacked"])
+def test_compiled(name: str, ranks_of: Callable[[int], Ranks]) -> None:
+    ranks_of(2).run(cases.compiled, name)
+
+
 def test_modules_are_left_alone(ranks_of: Callable[[int], Ranks]) -> None:
     ranks_of(2).run(cases.left_alone)
 

@@ -88,6 +88,7 @@ class ParallelExpertRouter(Router):
         self.spread = spread
         self.transport = transport
 
+    @torch.compiler.disable
     def forward(
         self,
         x_ND: Tensor,

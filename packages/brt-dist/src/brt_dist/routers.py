@@ -73,6 +73,7 @@ class ParallelScatterRouter(ScatterRouter):
         self.spread = spread
         self.transport = transport
 
+    @torch.compiler.disable
     def forward(
         self, x: Tensor | tuple[Tensor, ...], scores: Tensor, cells: Cells | None = None
     ) -> tuple[Any, Route]:
@@ -126,6 +127,7 @@ class ParallelGatherRouter(GatherRouter):
             add_residual=gather.add_residual,
         )
 
+    @torch.compiler.disable
     def forward(
         self,
         rows: Tensor | Sequence[Any],
