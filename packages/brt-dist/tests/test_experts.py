@@ -41,6 +41,12 @@ def test_hosts_equal_one_process(name: str, hosts: int, ranks_of: Callable[[int]
     ranks_of(4).run(cases.equals_one_process, LAYERS[name], f"hosts{hosts}", None, False)
 
 
+@pytest.mark.parametrize("transport", [*TRANSPORTS, "hosts2", "hosts4"])
+def test_eight_ranks(transport: str, ranks_of: Callable[[int], Ranks]) -> None:
+    layer = Layer(num_experts=11, sizes=(3, 0, 4, 1, 5, 2, 0, 6), seed=9)
+    ranks_of(8).run(cases.equals_one_process, layer, transport, None, False)
+
+
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_any_placement(transport: str, ranks: Ranks) -> None:
     made = torch.Generator().manual_seed(0)

@@ -30,6 +30,10 @@ def test_by_hosts(name: str, ranks_of: Callable[[int], Ranks]) -> None:
     ranks_of(4).run(cases.run_all, name, SIZES["uneven"], True, "hosts", False)
 
 
+def test_eight_ranks(ranks_of: Callable[[int], Ranks]) -> None:
+    ranks_of(8).run(cases.run_all, "stacked", (2, 0, 3, 1, 4, 1, 0, 2), False, "", False)
+
+
 def test_overlap(ranks: Ranks) -> None:
     ranks.run(cases.run_all, "stacked", SIZES["uneven"], False, "overlap", False)
 
