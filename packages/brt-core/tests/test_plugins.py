@@ -145,7 +145,7 @@ def test_same_plugin_twice() -> None:
             lambda: kernel_spec(forward=None),
             "KernelSpec 'dispatch/cpu/acme': forward must be callable, got NoneType",
         ),
-        (lambda: kernel_spec(backward=3), "backward must be callable, got int"),
+        (lambda: kernel_spec(refuses=3), "refuses must be callable, got int"),
         (
             lambda: brt.ModelSpec(name="acme", summary="a", factory=nothing, sample=None),  # type: ignore[arg-type]
             "ModelSpec 'acme': sample must be callable, got NoneType",

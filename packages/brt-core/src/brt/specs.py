@@ -213,8 +213,8 @@ class KernelSpec:
     """One implementation of one operator for one type of device.
 
     `forward` takes the operator's arguments, positional, in schema order, all of them given.
-    `backward` is documented with its operator in ``brt/ops``. ``refuses(*args)`` returns why the
-    kernel cannot take these arguments, or None. ``estimate(*args)`` returns microseconds, from
+    Backwards are operators of their own, with kernels of their own. ``refuses(*args)`` returns why
+    the kernel cannot take these arguments, or None. ``estimate(*args)`` returns microseconds, from
     shapes only. Neither of the two may read values of a tensor.
     """
 
@@ -227,15 +227,12 @@ class KernelSpec:
     name: str
     forward: Callable[..., Any]
     estimate: Callable[..., float]
-    backward: Callable[..., Any] | None = None
     refuses: Callable[..., str | None] = _accepts
 
     def __post_init__(self) -> None:
         _require_kebab("KernelSpec", self.name)
         for field in ("forward", "estimate", "refuses"):
             _require_callable(str(self), field, getattr(self, field))
-        if self.backward is not None:
-            _require_callable(str(self), "backward", self.backward)
 
     def __str__(self) -> str:
         return f"KernelSpec {self.key!r}"

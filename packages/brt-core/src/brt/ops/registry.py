@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,10 +162,6 @@ class Operator:
             time = spec.estimate(*args) if refusal is None else None
             rows.append(Candidate(spec.name, owner, time, refusal, spec is chosen))
         return Explanation(f"brt::{self.name}", _describe(args), tuple(rows), reason)
-
-    def backward(self, args: tuple[Any, ...]) -> Callable[..., Any] | None:
-        """The chosen kernel's own backward for these forward arguments, where it has one."""
-        return self.choose(self._with_defaults(args)).backward
 
     def _with_defaults(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         # The schemas have none: the dispatcher would leave out arguments equal to their defaults
