@@ -1,7 +1,7 @@
-"""Every rank has the cells of all: for batches so small that messages cost more than rows.
+"""Every rank has the cells of all: for more choices per cell than ranks.
 
-Two collectives of one size a rank instead of counts and two exchanges: cells are gathered, and what
-each rank's experts make of them is added up where the cells belong.
+A cell then goes to a rank once, however many of its experts it chose: cells are gathered, and what
+each rank's experts make of them is added up before it returns.
 
 Legend: W ranks of the group, N cells, M cells of the rank that has most, S trailing dims.
 """

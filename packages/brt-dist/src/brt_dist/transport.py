@@ -16,7 +16,8 @@ class Transport:
         degree: parts that the cells are cut into, so that the exchange of one overlaps with the
             experts' work on another. 1 = no overlap.
         hosts: exchange within hosts first, then between them; None = straight.
-        replicated: gather all cells on all ranks instead of exchanging rows; for small batches.
+        replicated: gather all cells on all ranks instead of exchanging rows; it moves less where
+            cells have more choices than there are ranks.
     """
 
     degree: int = 1
