@@ -68,7 +68,6 @@ def plan(
     weight = balance_weight if work is None else _weight(work, traffic, topology)
     if not (weight >= 0 and migration_cost >= 0):
         raise PlacementError("plan: balance_weight and migration_cost must be at least 0")
-    fixed = {"traffic": 0.0, "balance": 1.0}
     low, high = _room(traffic, topology, memory, replicas)
     pieces = _Pieces.of(traffic, replicas, topology.num_ranks)
     problem = Problem(
@@ -77,7 +76,7 @@ def plan(
         objective,
         low,
         high,
-        fixed.get(objective, weight),
+        {"traffic": 0.0, "balance": 1.0}.get(objective, weight),
         migration_cost,
         None if previous is None else previous.rank_LE,
         pieces.expert_LP if replicas else None,

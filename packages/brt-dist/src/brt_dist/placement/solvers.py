@@ -49,12 +49,13 @@ class Descent:
         if problem.previous_LE is not None and problem.fits(problem.previous_LE):
             plain.append(problem.previous_LE)
         chained = problem.counts_traffic and problem.traffic.moves_LEE is not None
-        found = [improve(usual, start) for start in plain[2 if chained else 1 :]]
+        found = [improve(usual, start) for start in plain[1:]]
+        better: list[Ints] = []
         if chained:
             # These end far apart, and which is best shows only in the end
             better = [improve(usual, start) for start in self._descended(problem, rng, size)]
-        else:
-            better = [min(found, key=problem.cost)]
+        if not chained or size > _LARGE:
+            better = [min(found + better, key=problem.cost)]
         found += better
         if kicks:
             polished = [polish(thin, rank_LE, rng, kicks) for rank_LE in better]
