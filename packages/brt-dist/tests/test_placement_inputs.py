@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import brt
 from brt import cli, plugins
 from brt_dist import _plugin
-from brt_dist.placement import PlacementError, Plan, Traffic, plan
+from brt_dist.placement import PlacementError, Plan, Traffic, plan, record
 from brt_dist.placement.traffic import load_traffic, of_loads, of_trace
 from brt_dist.topology import Topology
 
@@ -108,6 +108,53 @@ def test_a_profile_of_several_choices_admits_balance() -> None:
     assert plan(found, 2, "balance").admits == "nothing"
 
 
+def test_a_recording_holds_what_tokens_take_together() -> None:
+    model = Chain(top_k=2)
+    batches = [torch.randn(20, 8) for _ in range(2)]
+    traffic = record(model, batches)
+    profile = Traffic.of(brt.profile(model, batches, progress=False))
+    assert traffic.layers == profile.layers
+    assert (traffic.load_LE == profile.load_LE).all()
+    assert traffic.choice_TLK is not None
+    assert traffic.choice_TLK.shape == (40, 3, 2)
+    found = plan(traffic, 2, "traffic")
+    assert found.admits == "co-activation"
+    found.check(model, 2)
+    assert model.training
+    single = record(Chain(), batches)
+    moves_LEE = Traffic.of(brt.profile(Chain(), batches, progress=False)).moves_LEE
+    assert moves_LEE is not None
+    assert single.moves_LEE is not None
+    assert (single.moves_LEE == moves_LEE).all()
+
+
+def test_tokens_without_experts_are_recorded() -> None:
+    class Some(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scatter = brt.ScatterRouter(brt.protocols.Threshold(0.0), num_paths=3)
+
+        def forward(self, x_ND: Tensor) -> Tensor:
+            paths, _ = self.scatter(x_ND, x_ND)
+            return paths[0]
+
+    x_ND = torch.tensor([[1.0, -1, -1], [1, -1, 1], [-1, -1, -1]])
+    traffic = record(Some(), [x_ND])
+    assert traffic.choice_TLK is not None
+    assert traffic.choice_TLK[:, 0].tolist() == [[0, -1], [0, 2], [-1, -1]]
+
+
+def test_what_cannot_be_recorded() -> None:
+    with pytest.raises(PlacementError, match="no router"):
+        record(nn.Linear(2, 2), [])
+    with pytest.raises(PlacementError, match="no batches"):
+        record(Chain(), [])
+    model = nn.Sequential(Chain(), Chain(num_paths=6))
+    with pytest.raises(PlacementError, match="must decide once a forward"):
+        record(model, [torch.randn(4, 8)])
+    assert not any(router._observers for router in model.modules() if hasattr(router, "_observers"))
+
+
 def test_layers_of_different_sizes_are_refused() -> None:
     model = nn.Sequential(Chain(), Chain(num_paths=6))
     found = brt.profile(model, [torch.randn(40, 8)], progress=False)
@@ -192,8 +239,8 @@ def test_bad_topologies_are_refused(tmp_path: Path, text: str, says: str) -> Non
         Topology.load(path)
 
 
-def run(*args: str) -> int:
-    with pytest.MonkeyPatch.context() as patch, plugins.using(_plugin):
+def run(*args: str, offered: tuple[object, ...] = (_plugin,)) -> int:
+    with pytest.MonkeyPatch.context() as patch, plugins.using(*offered):
         patch.setattr(sys, "argv", ["brt", *args])
         with pytest.raises(SystemExit) as ended:
             cli.main()
@@ -217,6 +264,12 @@ def test_brt_place(
     capsys.readouterr()
     assert run("place", str(saved), "--topology", str(topology), "--objective", "speed") == 2
     assert "objective is one of" in capsys.readouterr().err
+
+
+def test_brt_place_needs_a_package(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "t.json"
+    assert run("place", str(path), "--topology", str(path), offered=()) == 2
+    assert "packages/brt-dist" in capsys.readouterr().err
 
 
 def test_solvers_have_names() -> None:

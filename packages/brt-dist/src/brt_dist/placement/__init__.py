@@ -5,6 +5,7 @@ from brt_dist.placement.packing import eplb
 from brt_dist.placement.plan import Figures, Plan
 from brt_dist.placement.planner import plan
 from brt_dist.placement.problem import Problem, Work
+from brt_dist.placement.record import record
 from brt_dist.placement.solvers import Descent, Packing
 from brt_dist.placement.traffic import Traffic
 
@@ -19,4 +20,5 @@ __all__ = [
     "Work",
     "eplb",
     "plan",
+    "record",
 ]

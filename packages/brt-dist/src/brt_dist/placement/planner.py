@@ -156,7 +156,8 @@ def _check(
         raise PlacementError(
             f"plan: {traffic.model} says nothing about which experts share tokens (a profile does "
             "where each token takes one expert and the layers share a root); pass a trace "
-            "[tokens, layers, choices], or objective='balance'"
+            "[tokens, layers, choices] (brt_dist.placement.record makes one), or "
+            "objective='balance'"
         )
     if replicas < 0 or (replicas and (objective != "balance" or previous is not None)):
         raise PlacementError(
