@@ -18,7 +18,7 @@ from brt.errors import BrtError
 from brt_models import _plugin, msdnet
 from brt_models.msdnet import MSDNet, MSDNetConfig, exits_of, thresholds_for, thresholds_for_shares
 from brt_models.msdnet.thresholds import NEVER, mean_cost, taken_exits
-from brt_models.workloads.msdnet import MIXES, PythonExit, exit_workload, parse_mix
+from brt_models.workloads.msdnet import MIXES, PythonExit, exit_workload, parse_mix, sharpened
 
 TINY = MSDNetConfig(steps=(1, 1, 1), channels=4, growth=2, head_channels=4, num_classes=3)
 CONFIGS = {
@@ -274,6 +274,14 @@ def test_variants_agree(batch: int) -> None:
         for arguments, right in zip(workload.sets, wanted, strict=True):
             error = (run(*arguments) - right).abs().max() / right.abs().max()
             assert error <= workload.tolerance, f"{variant.name}: {error}"
+
+
+@torch.inference_mode()
+def test_random_weights_are_sharpened() -> None:
+    model = sharpened(tiny(), 32)
+    assert not model.training
+    for logits_NC in model.all_exits(images(8)):
+        assert 1 < float(logits_NC.std()) < 4
 
 
 def test_mixes() -> None:

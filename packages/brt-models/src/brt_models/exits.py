@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from brt import Cells, GatherRouter, ScatterRouter, annotate
+from brt import Cells, GatherRouter, Route, ScatterRouter, annotate
 from brt.errors import BrtError
 from brt.protocols import BinaryThreshold
-from brt_models.images import check_images, is_over
+from brt_models.images import check_images, is_eager, is_over
 from brt_models.macs import macs_of
 
 torch.fx.wrap("check_images")  # it reads shapes, which a symbolic trace does not have
@@ -98,13 +98,11 @@ class ExitNetwork(nn.Module):
         cells, left, where = grid.cells, [], []
         for k, scatter in enumerate(self.exits):
             state, logits_NC = self.stage(k, state)
-            flows, spec = pytree.tree_flatten(state)
-            (out, stay), route = scatter((*flows, logits_NC), logits_NC, cells)
-            left.append(out[len(flows)])
+            left_NC, state, route = _leave(scatter, state, logits_NC, cells)
+            left.append(left_NC)
             where.append(route[0])
-            state = pytree.tree_unflatten([stay[i] for i in range(len(flows))], spec)
             cells = route[1]
-            if is_over(stay[0]):
+            if is_over(pytree.tree_leaves(state)[0]):
                 return self.gather(left, where), tuple(where)
         left.append(self.stage(self.num_exits - 1, state)[1])
         where.append(cells)
@@ -120,3 +118,20 @@ class ExitNetwork(nn.Module):
             with torch.no_grad():
                 state, _ = self.stage(k, state)
         return tuple(accumulate(macs))
+
+
+def _leave(
+    scatter: nn.Module, state: Any, logits_NC: Tensor, cells: Cells
+) -> tuple[Tensor, Any, Route]:
+    """(logits of those that leave, the state of those that stay, the route)."""
+    if is_eager(logits_NC):
+        # Nothing moves where all stay, and nothing of those that leave but their logits
+        place_N = torch.arange(len(logits_NC), device=logits_NC.device)
+        ((left_NC, _), (_, stay_R)), route = scatter((logits_NC, place_N), logits_NC, cells)
+        if len(stay_R) < len(logits_NC):
+            state = pytree.tree_map(lambda x: x.index_select(0, stay_R), state)
+        return left_NC, state, route
+    flows, spec = pytree.tree_flatten(state)
+    (out, stay), route = scatter((*flows, logits_NC), logits_NC, cells)
+    state = pytree.tree_unflatten([stay[i] for i in range(len(flows))], spec)
+    return out[len(flows)], state, route

@@ -28,12 +28,17 @@ def check_images(owner: str, x_NCHW: Tensor, divisor: int = 1) -> None:
         )
 
 
+def is_eager(x: Tensor) -> bool:
+    """Whether this is a plain call without gradients, neither traced nor compiled."""
+    if not isinstance(x, Tensor) or torch.compiler.is_compiling():
+        return False
+    return not torch.is_grad_enabled()
+
+
 def is_over(x: Tensor) -> bool:
     """Whether there is no row to compute, where nobody needs the computation of nothing.
 
     While tracing it is not known, a compiled graph is for any number of rows, and gradients of
     branches that no row reaches are zeros, not None.
     """
-    if not isinstance(x, Tensor) or torch.compiler.is_compiling() or torch.is_grad_enabled():
-        return False
-    return x.shape[0] == 0
+    return is_eager(x) and x.shape[0] == 0

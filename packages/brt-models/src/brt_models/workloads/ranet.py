@@ -9,7 +9,7 @@ import torch
 from brt.bench import Workload
 from brt.errors import BrtError
 from brt_models.ranet import RANet, RANetConfig
-from brt_models.workloads.msdnet import exit_workload
+from brt_models.workloads.msdnet import exit_workload, sharpened
 
 PRESETS: dict[str, tuple[Callable[[], RANetConfig], int]] = {
     "imagenet": (RANetConfig.imagenet, 224),
@@ -29,5 +29,6 @@ def early_exit(
     if preset not in PRESETS:
         raise BrtError(f"ranet: no preset {preset!r}: {', '.join(PRESETS)}")
     make, size = PRESETS[preset]
-    model = RANet(make()).to(device, dtype)
+    torch.manual_seed(0)
+    model = sharpened(RANet(make()), size).to(device, dtype)
     return exit_workload("ranet", model, size, mix, batch, {"preset": preset})
