@@ -83,9 +83,10 @@ def test_a_plan_is_for_its_model(profile: brt.Profile) -> None:
         found.check(Chain(), 4)
     with pytest.raises(PlacementError, match="for 3 routers of 4 paths"):
         found.check(Chain(num_paths=6), 2)
+    with pytest.raises(PlacementError, match="Mixtures has"):
+        found.check(Mixtures(), 2)
     with pytest.raises(PlacementError, match="Linear has none"):
         found.check(nn.Linear(2, 2), 2)
-    plan(np.zeros((1, 3, 1), np.int64), 1).rank_LE  # noqa: B018
     plan(of_trace(np.zeros((1, 3, 1), np.int64), num_experts=4), 2).check(Chain(), 2)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from brt_dist.placement.errors import PlacementError
-from brt_dist.placement.traffic import Floats, Ints
+from brt_dist.placement.traffic import Floats, Ints, unnamed
 
 if TYPE_CHECKING:
     from torch import nn
@@ -146,9 +146,8 @@ class Plan:
                 f"this plan is for {self.num_ranks} ranks, and there are {num_ranks}; plan again"
             )
         experts = {p: getattr(model.get_submodule(p), "num_paths", 0) for p in signature(model)}
-        named = set(self.layers) & set(experts)
         # A plan of a bare trace knows no names: then the routers' order stands for them
-        layers = self.layers if named else tuple(experts)
+        layers = tuple(experts) if self.layers == unnamed(len(self.layers)) else self.layers
         if len(layers) != len(self.layers) or any(
             experts.get(layer) != self.num_experts for layer in layers
         ):

@@ -134,7 +134,7 @@ def of_trace(
     num_cells, num_layers, num_choices = choice_TLK.shape
     counts = [_counted(choice_TLK[:, layer].ravel(), num_experts) for layer in range(num_layers)]
     load_LE = np.stack(counts) if counts else np.zeros((0, num_experts))
-    layers = tuple(f"layer {layer}" for layer in range(num_layers))
+    layers = unnamed(num_layers)
     if num_choices > 1:
         return Traffic(model, layers, num_cells, load_LE, choice_TLK=choice_TLK)
     moves = [
@@ -143,6 +143,11 @@ def of_trace(
     ]
     moves_LEE = np.stack(moves) if moves else np.zeros((0, num_experts, num_experts))
     return Traffic(model, layers, num_cells, load_LE, moves_LEE, choice_TLK)
+
+
+def unnamed(num_layers: int) -> tuple[str, ...]:
+    """What layers are called where nothing says so."""
+    return tuple(f"layer {layer}" for layer in range(num_layers))
 
 
 def _counted(ids: Ints, num_experts: int) -> Floats:
@@ -166,7 +171,7 @@ def of_loads(loads: Sequence[Sequence[float]], *, model: str = "loads") -> Traff
             "plan: loads must be numbers [layers, experts], none below 0, got "
             f"{list(load_LE.shape)}"
         )
-    layers = tuple(f"layer {layer}" for layer in range(len(load_LE)))
+    layers = unnamed(len(load_LE))
     num_cells = round(float(load_LE.sum(1).max(initial=0)))
     return Traffic(model, layers, num_cells, load_LE)
 
