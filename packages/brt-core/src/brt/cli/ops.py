@@ -67,7 +67,6 @@ def _list(names: list[str], *, as_json: bool) -> None:
             "operator": spec.op,
             "device": spec.device,
             "kernel": spec.name,
-            "own backward": "yes" if spec.backward else "",
             "from": owner,
         }
         for spec, owner in collect("kernels").values()
