@@ -50,6 +50,10 @@ def tiny(config: DynamicRoutingConfig = TINY, seed: int = 0) -> DynamicRouting:
     return model
 
 
+# Convolutions of one image and of four round differently, through 16 layers
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+
+
 def open_gates(model: DynamicRouting, bias: float) -> DynamicRouting:
     """Every gate the same for all images."""
     for cell in model.modules():
@@ -69,7 +73,7 @@ def test_equals_a_python_if_at_every_gate(num_images: int, case: str) -> None:
         if not num_images:
             assert model(x).shape == (0, 3, *x.shape[2:])
             continue
-        torch.testing.assert_close(model(x), PythonGates(model)(x))
+        torch.testing.assert_close(model(x), PythonGates(model)(x), **CLOSE)
 
 
 @torch.inference_mode()
@@ -84,7 +88,7 @@ def test_images_go_different_ways() -> None:
 @torch.inference_mode()
 def test_all_gates_alike(bias: float) -> None:
     model, x = open_gates(tiny(), bias), images(2)
-    torch.testing.assert_close(model(x), PythonGates(model)(x))
+    torch.testing.assert_close(model(x), PythonGates(model)(x), **CLOSE)
     if bias > 0:
         # Every cell is reached: nothing is computed on zeros in training either
         features, share = model.backbone.dense(x)
