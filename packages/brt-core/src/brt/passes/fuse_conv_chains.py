@@ -13,18 +13,12 @@ from torch import Tensor, fx
 
 from brt import ops
 from brt.conv_steps import ConvStep
-from brt.errors import PassError
-from brt.passes.base import Context, Pass
 from brt.passes.conv_matching import Matcher, Params
-from brt.passes.fusion import FusedBranches, Fusion, NotFusableError, Reader
-from brt.passes.match import draws_random, scatters
-
-# Packed rows are allocated for every choice; more than this many a cell is too wasteful
-_MOST_CHOICES = 2
+from brt.passes.fusion import FusedBranches, FusePass, Reader
 
 
 @dataclass(frozen=True)
-class FuseConvChains(Pass):
+class FuseConvChains(FusePass):
     """Run all branches between a scatter and its gather as one `brt.ops.conv_chain`.
 
     The branches may differ in width and depth. Each must be made of 3x3 and 1x1 convolutions that
@@ -34,25 +28,11 @@ class FuseConvChains(Pass):
 
     name: ClassVar[str] = "fuse-conv-chains"
 
-    def requires(self, graph: fx.GraphModule, ctx: Context) -> None:
-        """A region without random numbers."""
-        random = draws_random(graph.graph, ctx.scope)
-        if random is not None:
-            raise PassError(f"the region draws random numbers: {random}")
+    most_choices: ClassVar[int] = 2
 
-    def run(self, graph: fx.GraphModule, ctx: Context) -> bool:
-        """Fuse what lies between each scatter and its gather."""
-        changed = False
-        for scatter in scatters(graph.graph, ctx.scope):
-            try:
-                fusion = Fusion.of(graph, ctx, scatter, _ChainReader(), _MOST_CHOICES)
-            except NotFusableError as error:
-                ctx.leave(scatter.name, str(error))
-                continue
-            if fusion.is_faster(graph, ctx):
-                fusion.apply(graph, ctx)
-                changed = True
-        return changed
+    def reader(self) -> Reader:
+        """One for the branches of a scatter."""
+        return _ChainReader()
 
 
 class ConvChains(FusedBranches):

@@ -13,20 +13,14 @@ import torch
 from torch import Tensor, fx
 
 from brt import ops
-from brt.errors import PassError
 from brt.ops.grouped_linear import activate
-from brt.passes.base import Context, Pass
 from brt.passes.derived import DerivedTensors, Slots
-from brt.passes.fusion import FusedBranches, Fusion, NotFusableError, Reader
-from brt.passes.match import draws_random, scatters
+from brt.passes.fusion import FusedBranches, FusePass, NotFusableError, Reader
 from brt.passes.mlp_matching import Level, LevelMatcher
-
-# Packed rows are allocated for every choice; more than this many a cell is too wasteful
-_MOST_CHOICES = 8
 
 
 @dataclass(frozen=True)
-class FuseHorizontal(Pass):
+class FuseHorizontal(FusePass):
     """Run all branches between a scatter and its gather level by level, each level as one operator.
 
     The branches are alike: linear layers of the same sizes, with ReLU, GELU or SiLU between, gated
@@ -38,25 +32,11 @@ class FuseHorizontal(Pass):
     name: ClassVar[str] = "fuse-horizontal"
     after: ClassVar[tuple[str, ...]] = ("fuse-conv-chains",)
 
-    def requires(self, graph: fx.GraphModule, ctx: Context) -> None:
-        """A region without random numbers."""
-        random = draws_random(graph.graph, ctx.scope)
-        if random is not None:
-            raise PassError(f"the region draws random numbers: {random}")
+    most_choices: ClassVar[int] = 8
 
-    def run(self, graph: fx.GraphModule, ctx: Context) -> bool:
-        """Fuse what lies between each scatter and its gather."""
-        changed = False
-        for scatter in scatters(graph.graph, ctx.scope):
-            try:
-                fusion = Fusion.of(graph, ctx, scatter, _LevelReader(), _MOST_CHOICES)
-            except NotFusableError as error:
-                ctx.leave(scatter.name, str(error))
-                continue
-            if fusion.is_faster(graph, ctx):
-                fusion.apply(graph, ctx)
-                changed = True
-        return changed
+    def reader(self) -> Reader:
+        """One for the branches of a scatter."""
+        return _LevelReader()
 
 
 class GroupedLevels(FusedBranches):

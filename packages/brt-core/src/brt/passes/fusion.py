@@ -11,16 +11,16 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
 
-from brt.errors import TraceError
+from brt.errors import PassError, TraceError
 from brt.graph import trace
 from brt.grouped import each
-from brt.passes.base import Context
-from brt.passes.match import Scatter, argument, module_of
+from brt.passes.base import Context, Pass
+from brt.passes.match import Scatter, argument, draws_random, module_of, scatters
 from brt.route import Route
 from brt.routers import GatherRouter, ScatterRouter
 
@@ -294,3 +294,38 @@ def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+class FusePass(Pass):
+    """Puts one module in place of the branches between each scatter and its gather.
+
+    The rewrite holds for any input, so that it needs no guard; with a sample it is measured, and
+    kept only where it is faster.
+    """
+
+    most_choices: ClassVar[int]
+    """Rows a cell for which packed rows may be allocated; more is too wasteful."""
+
+    @abstractmethod
+    def reader(self) -> Reader:
+        """What reads the branches of one scatter."""
+
+    def requires(self, graph: fx.GraphModule, ctx: Context) -> None:
+        """A region without random numbers."""
+        random = draws_random(graph.graph, ctx.scope)
+        if random is not None:
+            raise PassError(f"the region draws random numbers: {random}")
+
+    def run(self, graph: fx.GraphModule, ctx: Context) -> bool:
+        """Fuse what lies between each scatter and its gather."""
+        changed = False
+        for scatter in scatters(graph.graph, ctx.scope):
+            try:
+                fusion = Fusion.of(graph, ctx, scatter, self.reader(), self.most_choices)
+            except NotFusableError as error:
+                ctx.leave(scatter.name, str(error))
+                continue
+            if fusion.is_faster(graph, ctx):
+                fusion.apply(graph, ctx)
+                changed = True
+        return changed
