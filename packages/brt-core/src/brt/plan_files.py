@@ -15,22 +15,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from brt import plugins
 from brt.errors import PassError, PluginWarning
-from brt.files import atomic_write
 from brt.optimize import optimize_as
 from brt.optimized import Optimized
 from brt.passes.base import Pass
-from brt.profile.files import digest_of_parts, put_together, taken_apart
+from brt.profile.files import put_together, taken_apart
+from brt.sealed_files import SealedFormat
 
-SCHEMA = 1
-"""Raised whenever files of before can no longer be read as they are."""
-
-_FORMAT = "brt-plan"
+_FORMAT = SealedFormat(
+    name="brt-plan",
+    schema=1,
+    key="plan",
+    error=PassError,
+    written_by="brt.optimize(...).save(path)",
+    otherwise="optimise the model again",
+)
 _SHOWN = 4  # differences that a message lists
 
 
@@ -52,15 +54,7 @@ def save_plan(fast: Optimized, path: Path) -> None:
         "measured_on": _machine(fast),
         "profile": header,
     }
-    text = json.dumps(plan)
-    metadata = {
-        "format": _FORMAT,
-        "schema": str(SCHEMA),
-        "digest": digest_of_parts(text, tensors),
-        "plan": text,
-    }
-    with atomic_write(path) as beside:
-        save_file(tensors, beside, metadata)
+    _FORMAT.save(path, json.dumps(plan), tensors)
 
 
 def load(
@@ -78,7 +72,8 @@ def load(
 
     Raises `PassError` for a damaged file, another format or schema, or another model.
     """
-    plan, tensors = _read(Path(path))
+    text, tensors = _FORMAT.load(Path(path))
+    plan: dict[str, Any] = json.loads(text)
     _check_model(plan, model, Path(path))
     known: Mapping[str, bool] = plan["decisions"]
     machine = _machine(model)
@@ -95,27 +90,6 @@ def load(
     return optimize_as(
         model, profile, passes, sample=sample, verify=verify, warn_refusals=False, known=known
     )
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise PassError(f"load: {path} cannot be read: {error}") from error
-    if metadata.get("format") != _FORMAT:
-        raise PassError(f"load: {path} is no plan; brt.optimize(...).save(path) writes them")
-    if metadata.get("schema") != str(SCHEMA):
-        raise PassError(
-            f"load: {path} has schema {metadata.get('schema')}, this brt reads {SCHEMA}; optimise "
-            "the model again"
-        )
-    text = metadata.get("plan", "")
-    if metadata.get("digest") != digest_of_parts(text, tensors):
-        raise PassError(f"load: {path} is damaged: its digest is not that of its content")
-    plan: dict[str, Any] = json.loads(text)
-    return plan, tensors
 
 
 def _check_model(plan: dict[str, Any], model: nn.Module, path: Path) -> None:

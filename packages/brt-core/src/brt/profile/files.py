@@ -2,62 +2,43 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from brt.errors import ProfileError
-from brt.files import atomic_write
 from brt.profile.data import Profile, RouterProfile
+from brt.sealed_files import SealedFormat, digest
 
 SCHEMA = 1
 """Raised whenever files of before can no longer be read as they are."""
 
-_FORMAT = "brt-profile"
+_FORMAT = SealedFormat(
+    name="brt-profile",
+    schema=SCHEMA,
+    key="profile",
+    error=ProfileError,
+    written_by="brt.profile(...).save(path)",
+    otherwise="profile the model again, or load it with the brt that saved it",
+)
 
 
 def save_profile(profile: Profile, path: Path) -> None:
     """See `Profile.save`."""
-    header, tensors = taken_apart(profile)
-    metadata = {
-        "format": _FORMAT,
-        "schema": str(SCHEMA),
-        "digest": digest_of_parts(header, tensors),
-        "profile": header,
-    }
-    with atomic_write(path) as beside:
-        save_file(tensors, beside, metadata)
+    _FORMAT.save(path, *taken_apart(profile))
 
 
 def load_profile(path: Path) -> Profile:
     """See `Profile.load`."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise ProfileError(f"load: {path} cannot be read: {error}") from error
-    if metadata.get("format") != _FORMAT:
-        raise ProfileError(f"load: {path} is no profile; brt.profile(...).save(path) writes them")
-    if metadata.get("schema") != str(SCHEMA):
-        raise ProfileError(
-            f"load: {path} has schema {metadata.get('schema')}, this brt reads {SCHEMA}; profile "
-            "the model again, or load it with the brt that saved it"
-        )
-    header = metadata.get("profile", "")
-    if metadata.get("digest") != digest_of_parts(header, tensors):
-        raise ProfileError(f"load: {path} is damaged: its digest is not that of its content")
+    header, tensors = _FORMAT.load(path)
     return put_together(json.loads(header), tensors)
 
 
 def digest_of(profile: Profile) -> str:
     """See `Profile.digest`."""
-    return digest_of_parts(*taken_apart(profile))
+    return digest(*taken_apart(profile))
 
 
 def taken_apart(profile: Profile) -> tuple[str, dict[str, Tensor]]:
@@ -95,13 +76,3 @@ def put_together(header: dict[str, Any], tensors: dict[str, Tensor]) -> Profile:
         routers,
         joint,
     )
-
-
-def digest_of_parts(header: str, tensors: dict[str, Tensor]) -> str:
-    """SHA-256 of a header and tensors."""
-    made = hashlib.sha256(header.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        made.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        made.update(tensor.numpy().tobytes())
-    return made.hexdigest()
