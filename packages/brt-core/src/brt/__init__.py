@@ -10,6 +10,7 @@ from brt.checks import check
 from brt.decision import Decision
 from brt.errors import (
     BrtError,
+    CheckpointError,
     KernelError,
     PassError,
     PluginError,
@@ -53,6 +54,7 @@ __all__ = [
     "AdapterSpec",
     "BrtError",
     "Cells",
+    "CheckpointError",
     "Decision",
     "EarlyExit",
     "ExpertRouter",

@@ -35,5 +35,17 @@ class KernelError(BrtError):
     """No kernel takes these arguments, the one named refuses them, or one met a bad index."""
 
 
+class CheckpointError(BrtError):
+    """A checkpoint does not fit: ``complaints`` are all that ``what``, a model or a file, has."""
+
+    def __init__(self, what: str, complaints: tuple[str, ...]) -> None:
+        super().__init__(what, complaints)
+        self.what, self.complaints = what, complaints
+
+    def __str__(self) -> str:
+        count = f"{len(self.complaints)} complaint{'s' if len(self.complaints) > 1 else ''}"
+        return f"{self.what} does not fit, {count}:\n  " + "\n  ".join(self.complaints)
+
+
 class PluginWarning(UserWarning):
     """A plugin was left out, or something that it was asked to do was skipped."""

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import brt
 from brt.protocols import Protocol
-from brt_models import hugging_face
+from brt_models import checkpoints
 from brt_models.sparse_decoder.config import SparseBlockConfig
 
 ALPHA, LIMIT = 1.702, 7.0  # of gpt-oss's activation
@@ -128,7 +128,7 @@ class SparseBlock(nn.Module):
             ours = _OURS.get(name, name.replace("shared_experts.", "shared."))
             renamed[ours] = _from_gpt_oss(ours, tensor) if is_gpt_oss else tensor
         own = self.state_dict()
-        hugging_face.check_fit("SparseBlock.load_transformers", own, renamed)
+        checkpoints.check_fit("SparseBlock.load_transformers", own, renamed)
         for name, tensor in renamed.items():
             own[name].copy_(tensor)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from brt.errors import BrtError
-from brt_models import hugging_face
+from brt_models import checkpoints
 from brt_models.sparse_decoder.block import SparseBlock
 from brt_models.sparse_decoder.config import SparseBlockConfig
 
@@ -32,11 +32,11 @@ def load(
     """
     folder = Path(folder)
     what = f"sparse_decoder.load: layer {layer} of {folder}"
-    config = SparseBlockConfig.from_hugging_face(hugging_face.read_config(folder))
+    config = SparseBlockConfig.from_hugging_face(checkpoints.read_config(folder))
     tensors: dict[str, Tensor] = {}
     for place in _PLACES:
         prefix = f"model.layers.{layer}.{place}."
-        found = hugging_face.read_tensors(folder, prefix)
+        found = checkpoints.read(folder, prefix)
         tensors |= {name.removeprefix(prefix): tensor for name, tensor in found.items()}
     if not any(name.startswith("experts.") for name in tensors):
         raise BrtError(f"{what} has no experts: it is dense, or there is no such layer")
@@ -69,7 +69,7 @@ def _stacked(
         for part in _PARTS
     }
     named = {f"experts.{expert}.{part}.weight": t for (expert, part), t in apart.items()}
-    hugging_face.check_fit(what, wanted, named)
+    checkpoints.check_fit(what, wanted, named)
     every = range(config.num_experts)
     gate_PHD, up_PHD, down_PDH = (torch.stack([apart[e, part] for e in every]) for part in _PARTS)
     rest["experts.gate_up_proj"] = torch.cat([gate_PHD, up_PHD], 1)

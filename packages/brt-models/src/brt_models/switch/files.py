@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -10,11 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from brt.files import atomic_write
-from brt_models import hugging_face
+from brt_models import checkpoints
 from brt_models.switch.config import SwitchConfig
 from brt_models.switch.network import SwitchTransformer
 
@@ -48,26 +45,22 @@ def load(
         config = replace(config, expert_capacity=None)
     with torch.device("meta"):
         model = SwitchTransformer(config)
-    tensors = _without_copies(hugging_face.read_tensors(folder), config, folder)
+    tensors = _without_copies(checkpoints.read(folder), config, folder)
     named = {hugging_face_name(name): name for name in model.state_dict()}
     ours = {named.get(name, name): tensor for name, tensor in tensors.items()}
-    hugging_face.assign(model, ours, dtype, f"switch.load: {folder}")
+    checkpoints.assign(model, ours, f"switch.load: {folder}", dtype)
     return model.eval()
 
 
 def read_config(folder: str | os.PathLike[str]) -> SwitchConfig:
     """The config of a folder with a ``config.json``."""
-    return SwitchConfig.from_hugging_face(hugging_face.read_config(Path(folder)))
+    return SwitchConfig.from_hugging_face(checkpoints.read_config(folder))
 
 
 def save(model: SwitchTransformer, folder: str | os.PathLike[str]) -> None:
     """Write what `load` and ``from_pretrained`` of transformers read."""
-    folder = Path(folder)
-    tensors = {hugging_face_name(k): v.contiguous() for k, v in model.state_dict().items()}
-    with atomic_write(folder / hugging_face.WEIGHTS[0]) as beside:
-        save_file(tensors, beside, {"format": "pt"})
-    with atomic_write(folder / hugging_face.CONFIG) as beside:
-        beside.write_text(json.dumps(model.config.to_hugging_face(), indent=2))
+    tensors = {hugging_face_name(name): tensor for name, tensor in model.state_dict().items()}
+    checkpoints.write_folder(folder, tensors, model.config.to_hugging_face())
 
 
 def hugging_face_name(name: str) -> str:
@@ -99,7 +92,7 @@ def _without_copies(
     if shared is None:
         return kept
     differs = [n for n in copies if n in kept and not torch.equal(kept.pop(n), shared)]
-    hugging_face.refuse(
+    checkpoints.refuse(
         f"switch.load: {folder}",
         [f"{name} is not the same as shared.weight, with which it is tied" for name in differs],
     )

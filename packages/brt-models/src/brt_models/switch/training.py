@@ -5,6 +5,7 @@ Legend: B sequences, S tokens of the input, T tokens of the output, V words, P p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 
 import brt
 from brt.protocols import TopK
+from brt_models.switch.config import SwitchConfig
 from brt_models.switch.network import SwitchTransformer
 
 IGNORED = -100
@@ -50,6 +52,11 @@ def loss(
     before_BT = before_BT.masked_fill(before_BT == IGNORED, config.pad_token_id)
     logits_BTV, scores = model.with_scores(ids_BS, before_BT, mask_BS)
     words = F.cross_entropy(logits_BTV.flatten(0, 1), labels_BT.flatten(), ignore_index=IGNORED)
+    return with_routers(words, scores, config)
+
+
+def with_routers(words: Tensor, scores: Sequence[Tensor], config: SwitchConfig) -> SwitchLoss:
+    """The loss of words and of the scores [B, S, P] of each sparse layer."""
     router_z = torch.stack([brt.losses.router_z_loss(s_BSP) for s_BSP in scores]).sum()
     load_balance = torch.stack([_load_balance(s_BSP) for s_BSP in scores]).sum()
     total = words + config.router_z_loss_coef * router_z
