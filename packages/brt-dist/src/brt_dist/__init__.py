@@ -1,6 +1,7 @@
 """Experts on several ranks: sparse exchange, expert parallelism and placement."""
 
 from brt_dist import reference
+from brt_dist.checkpoint import Checkpoint
 from brt_dist.errors import ExchangeError, ParallelError
 from brt_dist.exchange import Exchange, Handle, reverse_all_to_all, sparse_all_to_all
 from brt_dist.experts import ExpertParallel, ParallelExpertRouter
@@ -19,6 +20,7 @@ from brt_dist.topology import Link, Topology
 from brt_dist.transport import Transport
 
 __all__ = [
+    "Checkpoint",
     "Exchange",
     "ExchangeError",
     "ExpertParallel",
