@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from brt.profile import signature
 from brt_dist.agree import agree, telling
@@ -48,6 +50,15 @@ class Parallelized:
         It loads into the model before `parallelize`, on any number of ranks.
         """
         return gather_state(model, self.entries, self.group)
+
+    def parameters(self, model: nn.Module) -> set[nn.Parameter]:
+        """The experts' parameters: ``fully_shard(model, ignored_params=...)`` leaves them alone."""
+        return {p for name, p in model.named_parameters() if name in self.experts}
+
+    def keep_from_ddp(self, model: nn.Module) -> None:
+        """Let `torch.nn.parallel.DistributedDataParallel` leave the experts alone."""
+        names = [entry.name for entry in self.entries if entry.spread is not None]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
 
     def __str__(self) -> str:
         width = max(len(path) for path, _ in self.changed)
@@ -161,6 +172,10 @@ def _check(model: nn.Module, changes: Sequence[Change], settings: Settings) -> N
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for change in changes:
         for name in change.owners:
+            if isinstance(parameters.get(name), DTensor):
+                raise refused(
+                    change.path, f"{name} is sharded: parallelize first, then fully_shard"
+                )
             shared = names[id(parameters[name])] if name in parameters else []
             if len(shared) > 1:
                 raise refused(change.path, f"its parameter is shared: {' and '.join(shared)}")
