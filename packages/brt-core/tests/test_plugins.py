@@ -50,6 +50,7 @@ SPECS = {
     "models": brt.ModelSpec(name="acme-one", summary="one", factory=nothing, sample=nothing),
     "adapters": brt.AdapterSpec(name="acme-one", summary="one", matches=nothing, adapt=nothing),
     "workloads": brt.WorkloadSpec(name="acme-one", summary="one", factory=nothing),
+    "demos": brt.DemoSpec(name="acme-one", summary="one", run=nothing),
     "solvers": brt.SolverSpec(name="acme-one", summary="one", factory=nothing),
 }
 

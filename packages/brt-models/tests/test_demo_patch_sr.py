@@ -92,8 +92,16 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         )
         assert result.exit_code == 0, result.output
         assert json.loads(result.stdout)["photo"] == "china"
-        missing = CliRunner().invoke(make_app(), ["demo", "--model", "livesr"])
-        assert "model 'livesr' has no demo; these have one: patch-sr" in str(missing.exception)
+        missing = CliRunner().invoke(make_app(), ["demo", "livesr"])
+        assert "no 'livesr' among brt_demos" in str(missing.exception)
+        photo = tmp_path / "mine.png"
+        write(torch.rand(3, 4, 4), photo)
+        nameless = CliRunner().invoke(make_app(), ["demo", str(photo)])
+        assert f"brt demo patch-sr {photo}" in str(nameless.exception)
+        listed = CliRunner().invoke(make_app(), ["demo", "--list", "--json"])
+        assert {row["name"]: row["takes"] for row in json.loads(listed.stdout)} >= {
+            "patch-sr": "a photo"
+        }
     with plugins.using():
         nothing = CliRunner().invoke(make_app(), ["demo"])
         assert "no installed package brings a demo" in str(nothing.exception)

@@ -38,6 +38,7 @@ from brt.routers import (
 )
 from brt.specs import (
     AdapterSpec,
+    DemoSpec,
     KernelSpec,
     ModelSpec,
     PassSpec,
@@ -56,6 +57,7 @@ __all__ = [
     "Cells",
     "CheckpointError",
     "Decision",
+    "DemoSpec",
     "EarlyExit",
     "ExpertRouter",
     "GatherRouter",

@@ -13,6 +13,7 @@ import pluggy
 
 from brt.specs import (
     AdapterSpec,
+    DemoSpec,
     KernelSpec,
     ModelSpec,
     PassSpec,
@@ -119,6 +120,18 @@ def brt_workloads() -> Iterable[WorkloadSpec]:  # type: ignore[empty-body]
         @brt.hookimpl
         def brt_workloads():
             yield brt.WorkloadSpec(name="acme-chat", summary="chat traffic", factory=chat)
+    """
+
+
+@hookspec
+def brt_demos() -> Iterable[DemoSpec]:  # type: ignore[empty-body]
+    """Offer demos.
+
+    Called once, when ``brt demo`` first looks up a demo by name.
+
+        @brt.hookimpl
+        def brt_demos():
+            yield brt.DemoSpec(name="acme-chat", summary="chat", run=chat, source="a question")
     """
 
 

@@ -32,7 +32,12 @@ if TYPE_CHECKING:
 HOOKS = tuple(sorted(name for name in vars(hookspecs) if name.startswith("brt_")))
 
 # Packages of this repository that offer what brt-core alone has none of.
-_HOMES = {"models": "brt-models", "adapters": "brt-models", "solvers": "brt-dist"}
+_HOMES = {
+    "models": "brt-models",
+    "adapters": "brt-models",
+    "demos": "brt-models",
+    "solvers": "brt-dist",
+}
 
 
 @dataclass(frozen=True, kw_only=True)

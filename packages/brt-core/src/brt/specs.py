@@ -126,10 +126,7 @@ class ModelSpec(Spec):
 
     `sample` makes the positional arguments of one forward call: ``sample(seed=0) -> tuple``;
     another seed gives another batch. `pretrained` makes the model with the weights that ship
-    with it, where there are any. `demo` shows it at work, for ``brt demo``:
-    ``demo(source, out, *, compiled, console) -> Mapping`` takes a file of the user's (None for one
-    of its own), prints as it goes, writes what there is to see into the folder ``out``, and
-    returns its figures, ready for JSON.
+    with it, where there are any.
     """
 
     kind = "models"
@@ -143,14 +140,12 @@ class ModelSpec(Spec):
     checkpoints: tuple[str, ...] = ()
     """Formats that the model loads: "huggingface", "safetensors"."""
     pretrained: Callable[[], nn.Module] | None = None
-    demo: Callable[..., Mapping[str, Any]] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _require_callable(str(self), "sample", self.sample)
-        for field in ("pretrained", "demo"):
-            if getattr(self, field) is not None:
-                _require_callable(str(self), field, getattr(self, field))
+        if self.pretrained is not None:
+            _require_callable(str(self), "pretrained", self.pretrained)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,6 +182,27 @@ class WorkloadSpec(Spec):
 
     kind = "workloads"
     hook = "brt_workloads"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoSpec(Offer):
+    """Something to see, for ``brt demo``: ``run(source, out, *, compiled, console) -> Mapping``.
+
+    It takes what the user gave to show it on (None: something of its own), prints as it goes,
+    writes what there is to see into the folder ``out``, and returns its figures, ready for JSON.
+    ``compiled`` says whether torch.compile is to be shown beside.
+    """
+
+    kind = "demos"
+    hook = "brt_demos"
+
+    run: Callable[..., Mapping[str, Any]]
+    source: str = ""
+    """What the user may give: "a photo", "words to go on from"; empty: nothing."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_callable(str(self), "run", self.run)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,6 +271,7 @@ SPECS: dict[str, type[Offer] | type[KernelSpec]] = {
         ModelSpec,
         AdapterSpec,
         WorkloadSpec,
+        DemoSpec,
         SolverSpec,
     )
 }

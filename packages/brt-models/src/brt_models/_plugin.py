@@ -29,7 +29,6 @@ def brt_models() -> Iterable[brt.ModelSpec]:
         cells="a 32x32 patch",
         paper="ClassSR (CVPR 2021); LiveSR in Brainstorm (OSDI 2023)",
         pretrained=patch_sr.pretrained,
-        demo=_patch_sr_demo,
     )
     yield brt.ModelSpec(
         name="livesr",
@@ -100,6 +99,16 @@ def brt_adapters() -> Iterable[brt.AdapterSpec]:
 
 
 @brt.hookimpl
+def brt_demos() -> Iterable[brt.DemoSpec]:
+    yield brt.DemoSpec(
+        name="patch-sr",
+        summary="a photo upscaled fourfold; easy patches take smaller networks",
+        run=_patch_sr_demo,
+        source="a photo",
+    )
+
+
+@brt.hookimpl
 def brt_workloads() -> Iterable[brt.WorkloadSpec]:
     yield brt.WorkloadSpec(
         name="patch-sr",
@@ -139,7 +148,7 @@ def brt_workloads() -> Iterable[brt.WorkloadSpec]:
     yield from WORKLOADS
 
 
-def _patch_sr_demo(source: Path | None, out: Path, **options: Any) -> Mapping[str, Any]:
+def _patch_sr_demo(source: str | None, out: Path, **options: Any) -> Mapping[str, Any]:
     from brt_models.demo.patch_sr import run  # draws: imports matplotlib
 
-    return run(source, out, **options)
+    return run(None if source is None else Path(source), out, **options)
