@@ -4,20 +4,26 @@
 "state_dict", "model", "params" and the like, with or without ``module.`` before all names) or a
 folder of the Hugging Face kind (whole or in shards). `assign` makes the tensors those of a model,
 `check_fit` only compares; both list everything that does not fit. `write` and `write_folder` write
-what the original code and Hugging Face read. All raise `BrtError`; what does not fit a model is a
+what the original code and Hugging Face read. `load_published` tells by names and shapes which of
+some published configs a checkpoint fits, or takes the one that `save_published` left in the file.
+All raise `BrtError`; what does not fit a model is a
 `CheckpointError`, whose ``complaints`` are all there are.
 """
 
 from brt_models.checkpoints.fitting import assign, check_fit, refuse
-from brt_models.checkpoints.reading import read, read_config
+from brt_models.checkpoints.published import load_published, save_published
+from brt_models.checkpoints.reading import read, read_beside, read_config
 from brt_models.checkpoints.writing import write, write_folder
 
 __all__ = [
     "assign",
     "check_fit",
+    "load_published",
     "read",
+    "read_beside",
     "read_config",
     "refuse",
+    "save_published",
     "write",
     "write_folder",
 ]

@@ -73,6 +73,19 @@ def read(path: str | PathLike[str], prefix: str = "") -> dict[str, Tensor]:
     )
 
 
+def read_beside(path: str | PathLike[str]) -> dict[str, Any]:
+    """What a file that torch wrote holds beside the weights, by name: an epoch, a config.
+
+    Nothing where the file is the state dict itself, or of another kind.
+    """
+    path = Path(path)
+    if path.is_dir() or path.suffix == ".safetensors":
+        return {}
+    found = read_torch(path)
+    wrap = _wrap(found)
+    return {} if wrap is None else {str(k): v for k, v in found.items() if k != wrap}
+
+
 def read_torch(path: Path) -> Any:
     """What ``torch.save`` wrote, if it is nothing but tensors, arrays and plain values."""
     is_zip = False
@@ -117,10 +130,8 @@ def _read_file(path: Path, prefix: str) -> dict[str, Tensor]:
 
 def _state_dict(path: Path, found: Any) -> dict[str, Tensor]:
     """The tensors in what a file holds, without what wraps them."""
-    state = found
-    if isinstance(found, Mapping):
-        wraps = [name for name in _WRAPS if isinstance(found.get(name), Mapping)]
-        state = found[wraps[0]] if wraps else found
+    wrap = _wrap(found)
+    state = found if wrap is None else found[wrap]
     if not isinstance(state, Mapping) or not all(
         isinstance(value, (Tensor, np.ndarray)) for value in state.values()
     ):
@@ -134,6 +145,13 @@ def _state_dict(path: Path, found: Any) -> dict[str, Tensor]:
         if named and all(name.startswith(prefix) for name in named):
             named = {name.removeprefix(prefix): tensor for name, tensor in named.items()}
     return named
+
+
+def _wrap(found: Any) -> str | None:
+    """The key under which a file keeps its state dict; None where it is one."""
+    if not isinstance(found, Mapping):
+        return None
+    return next((name for name in _WRAPS if isinstance(found.get(name), Mapping)), None)
 
 
 def _read_shards(index: Path, prefix: str) -> dict[str, Tensor]:

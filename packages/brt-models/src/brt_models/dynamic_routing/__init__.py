@@ -8,6 +8,7 @@ Li et al., CVPR 2020. Layers are named as in the authors' code, so that its chec
 """
 
 from brt_models.dynamic_routing.cell import Cell
+from brt_models.dynamic_routing.checkpoint import load_checkpoint, save_checkpoint
 from brt_models.dynamic_routing.config import DynamicRoutingConfig
 from brt_models.dynamic_routing.network import (
     Backbone,
@@ -26,7 +27,9 @@ __all__ = [
     "DynamicRoutingConfig",
     "Head",
     "budget_loss",
+    "load_checkpoint",
     "sample",
+    "save_checkpoint",
     "scatter_gates",
     "small",
 ]

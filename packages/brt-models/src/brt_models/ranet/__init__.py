@@ -7,6 +7,7 @@ Yang et al., CVPR 2020. Layers are named as in the authors' code, so that its ch
 """
 
 from brt_models.msdnet.thresholds import exits_of, thresholds_for, thresholds_for_shares
+from brt_models.ranet.checkpoint import load_checkpoint, save_checkpoint
 from brt_models.ranet.config import RANetConfig
 from brt_models.ranet.network import RANet, sample, small
 
@@ -14,7 +15,9 @@ __all__ = [
     "RANet",
     "RANetConfig",
     "exits_of",
+    "load_checkpoint",
     "sample",
+    "save_checkpoint",
     "small",
     "thresholds_for",
     "thresholds_for_shares",

@@ -8,6 +8,7 @@ Kudugunta et al. 2021, arXiv:2110.03742; the network that Brainstorm measured (O
 """
 
 from brt_models.taskmoe.config import TaskMoEConfig
-from brt_models.taskmoe.network import TaskMoE, load_dense, sample, small
+from brt_models.taskmoe.files import load, load_dense, save
+from brt_models.taskmoe.network import TaskMoE, sample, small
 
-__all__ = ["TaskMoE", "TaskMoEConfig", "load_dense", "sample", "small"]
+__all__ = ["TaskMoE", "TaskMoEConfig", "load", "load_dense", "sample", "save", "small"]

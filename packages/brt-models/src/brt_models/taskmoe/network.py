@@ -6,8 +6,6 @@ V words.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -162,38 +160,6 @@ def check_tokens(config: TaskMoEConfig, ids_NS: Tensor, task_N: Tensor) -> None:
         raise BrtError(
             f"TaskMoE: {ids_NS.shape[0]} sentences need as many tasks, got {list(task_N.shape)}"
         )
-
-
-def load_dense(model: TaskMoE, state: Mapping[str, Tensor]) -> None:
-    """Take the weights of a BertGeneration decoder; every expert starts from its layer's own.
-
-    ``state`` is the state dict of transformers' ``BertGenerationDecoder`` without cross-attention.
-    Raises `BrtError` with all names that are missing, unknown or of another shape.
-    """
-    given = {}
-    for name, tensor in state.items():
-        name = name.removeprefix("bert.").removeprefix("encoder.")
-        if name == "embeddings.position_ids" or name == "lm_head.decoder.bias":
-            continue  # transformers' buffer, and the second name of lm_head.bias
-        name = name.replace("lm_head.decoder.weight", "lm_head.weight")
-        parts = name.split(".")
-        if parts[0] == "layer" and len(parts) > 2 and parts[2] in ("intermediate", "output"):
-            tail = ".".join(parts[2:]).replace("intermediate.dense.", "intermediate.")
-            for expert in range(model.config.num_tasks):
-                given[f"layer.{parts[1]}.experts.{expert}.{tail}"] = tensor
-        else:
-            given[name] = tensor
-    given.setdefault("lm_head.weight", given.get("embeddings.word_embeddings.weight", Tensor()))
-    own = model.state_dict()
-    wrong = [f"{name} is missing" for name in own.keys() - given.keys()]
-    wrong += [f"{name} is unknown" for name in given.keys() - own.keys()]
-    for name in own.keys() & given.keys():
-        if own[name].shape != given[name].shape:
-            shapes = list(given[name].shape), list(own[name].shape)
-            wrong.append(f"{name} is {shapes[0]}, not {shapes[1]}")
-    if wrong:
-        raise BrtError(f"taskmoe.load_dense: {'; '.join(sorted(wrong))}")
-    model.load_state_dict(given)
 
 
 def small(num_tasks: int = 4) -> TaskMoE:
