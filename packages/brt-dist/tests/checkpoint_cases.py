@@ -43,6 +43,7 @@ def train(
         model(x).square().sum().backward()
         if spread is not None:
             brt_dist.sum_gradients(model, but=spread.experts)
+            spread.sum_replicas(model)
         optimizer.step()
 
 
@@ -54,15 +55,15 @@ def in_one_process(name: str, steps: int) -> dict[str, Tensor]:
 
 
 def spread_out(model: nn.Module, turn: int) -> brt_dist.Parallelized:
-    """Experts dealt out to the ranks, in runs that are not consecutive."""
+    """Experts dealt out to the ranks, not in runs; at the second turn one is on every rank."""
     num_ranks = dist.get_world_size()
     sizes = {"": 5} if isinstance(model, Normed) else {"first": 4, "layers.1": 7}
     placement = {
-        path: [(p * (1 + turn) + turn) % num_ranks for p in range(num_experts)]
+        path: [[(p + turn) % num_ranks] for p in range(num_experts)]
         for path, num_experts in sizes.items()
     }
-    if any(len(set(ranks)) < num_ranks for ranks in placement.values()):
-        placement = {}
+    if turn:
+        placement[list(sizes)[-1]][2] = list(range(num_ranks))
     return brt_dist.parallelize(model, placement=placement)
 
 

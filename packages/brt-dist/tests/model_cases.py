@@ -113,7 +113,7 @@ def cells_of(rank: int, num_cells: int) -> Tensor:
 
 
 def run_all(
-    rank: int, name: str, sizes: Sequence[int], placed: bool, transport: str, use_mesh: bool
+    rank: int, name: str, sizes: Sequence[int], placed: str, transport: str, use_mesh: bool
 ) -> None:
     num_ranks = dist.get_world_size()
     torch.manual_seed(0)
@@ -127,12 +127,19 @@ def run_all(
     if placed:
         path = {"both": "layers.1"}.get(name, "")
         num_experts = {"both": 7, "each": 4}.get(name, 5)
-        placement = {path: [(num_experts - p) % num_ranks for p in range(num_experts)]}
+        ranks_P = [[(num_experts - p) % num_ranks] for p in range(num_experts)]
+        if placed == "replicas":
+            ranks_P[1] = list(reversed(range(num_ranks)))
+            ranks_P[0] = sorted({*ranks_P[0], 0})
+        placement = {path: ranks_P}
     hosts = hosts_of(2) if transport == "hosts" else None
     mesh = init_device_mesh("cpu", (num_ranks,)) if use_mesh else None
     done = brt_dist.parallelize(
         model, mesh, placement=placement,
-        transport=brt_dist.Transport(hosts=hosts, degree=2 if transport == "overlap" else 1),
+        transport=brt_dist.Transport(
+            hosts=hosts, degree=2 if transport == "overlap" else 1,
+            replicated=transport == "replicated",
+        ),
     )  # fmt: skip
     assert sum(p.numel() for p in model.parameters()) <= sum(p.numel() for p in whole.parameters())
     x = cells_of(rank, sizes[rank]).requires_grad_()
@@ -140,6 +147,7 @@ def run_all(
     close(out, wanted.split(list(sizes[:num_ranks]))[rank].detach(), "output")
     out.square().sum().backward()
     brt_dist.sum_gradients(model, but=done.experts)
+    done.sum_replicas(model)
     close(x.grad, xs[rank].grad, "cells")
     full = dict(whole.named_parameters())
     for key, parameter in model.named_parameters():
@@ -244,13 +252,13 @@ def state_is_whole(rank: int, name: str) -> list[bytes]:
     return [tensor.numpy().tobytes() for tensor in state.values()]
 
 
-def planned(rank: int, wrong_ranks: int) -> str:
+def planned(rank: int, wrong_ranks: int, replicas: int) -> str:
     """Placed as `brt_dist.plan` says, which is refused for another number of ranks."""
     torch.manual_seed(0)
     whole = nn.Sequential(Branches(8, 1), nn.Tanh(), Branches(8, 1))
     batches = [cells_of(r, 64) for r in range(4)]
     profile = brt.profile(whole.eval(), batches)
-    plan = brt_dist.plan(profile, dist.get_world_size() + wrong_ranks, "balance")
+    plan = brt_dist.plan(profile, dist.get_world_size() + wrong_ranks, "balance", replicas=replicas)
     model = copy.deepcopy(whole)
     try:
         brt_dist.parallelize(model, placement=plan)
@@ -258,7 +266,8 @@ def planned(rank: int, wrong_ranks: int) -> str:
         return f"{type(error).__name__}: {error}"
     for layer, path in enumerate(("0", "2")):
         scatter = model.get_submodule(path).scatter
-        assert list(scatter.spread.rank_P) == plan.rank_LE[layer].tolist()
+        held = scatter.spread.held
+        assert list(held) == sorted({p for p in plan.expert_LWS[layer, rank].tolist() if p >= 0})
     x = cells_of(rank, 9)
     close(model(x), whole(x).detach())
     return ""

@@ -17,25 +17,35 @@ SIZES = {"uneven": (5, 0, 7, 2), "few": (1, 1, 0, 0)}
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("name", cases.MODELS)
 def test_equals_one_process(name: str, sizes: str, ranks: Ranks) -> None:
-    ranks.run(cases.run_all, name, SIZES[sizes], False, "", sizes == "few")
+    ranks.run(cases.run_all, name, SIZES[sizes], "", "", sizes == "few")
 
 
 @pytest.mark.parametrize("name", cases.MODELS)
 def test_any_placement(name: str, ranks: Ranks) -> None:
-    ranks.run(cases.run_all, name, SIZES["uneven"], True, "", False)
+    ranks.run(cases.run_all, name, SIZES["uneven"], "placed", "", False)
 
 
 @pytest.mark.parametrize("name", cases.MODELS)
 def test_by_hosts(name: str, ranks_of: Callable[[int], Ranks]) -> None:
-    ranks_of(4).run(cases.run_all, name, SIZES["uneven"], True, "hosts", False)
+    ranks_of(4).run(cases.run_all, name, SIZES["uneven"], "placed", "hosts", False)
 
 
 def test_eight_ranks(ranks_of: Callable[[int], Ranks]) -> None:
-    ranks_of(8).run(cases.run_all, "stacked", (2, 0, 3, 1, 4, 1, 0, 2), False, "", False)
+    ranks_of(8).run(cases.run_all, "stacked", (2, 0, 3, 1, 4, 1, 0, 2), "", "", False)
 
 
 def test_overlap(ranks: Ranks) -> None:
-    ranks.run(cases.run_all, "stacked", SIZES["uneven"], False, "overlap", False)
+    ranks.run(cases.run_all, "stacked", SIZES["uneven"], "", "overlap", False)
+
+
+@pytest.mark.parametrize("name", cases.MODELS)
+def test_replicas(name: str, ranks: Ranks) -> None:
+    ranks.run(cases.run_all, name, SIZES["uneven"], "replicas", "", False)
+
+
+@pytest.mark.parametrize("transport", ["overlap", "replicated", "hosts"])
+def test_replicas_by_any_transport(transport: str, ranks_of: Callable[[int], Ranks]) -> None:
+    ranks_of(4).run(cases.run_all, "stacked", SIZES["uneven"], "replicas", transport, False)
 
 
 REFUSED = {
@@ -75,8 +85,10 @@ def test_state_is_whole(name: str, ranks_of: Callable[[int], Ranks]) -> None:
 
 
 def test_as_planned(ranks: Ranks) -> None:
-    assert set(ranks.run(cases.planned, 0)) == {""}
-    for error in ranks.run(cases.planned, 1):
+    assert set(ranks.run(cases.planned, 0, 0)) == {""}
+    if ranks.num_ranks > 1:
+        assert set(ranks.run(cases.planned, 0, 1)) == {""}
+    for error in ranks.run(cases.planned, 1, 0):
         assert error.startswith("PlacementError: parallelize: on rank 0: this plan is for"), error
 
 

@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from brt import Decision, Route, RouteError, Router, ops
+from brt import Decision, Route, Router, ops
 from brt.ops.grouped_linear import activate
 from brt.route import make_route
 from brt_dist.agree import telling
@@ -22,7 +23,7 @@ from brt_dist.exchange import Exchange, exchange_counts, reverse_all_to_all, sta
 from brt_dist.groups import Group
 from brt_dist.hierarchical import hierarchical_all_to_all, reverse_hierarchical_all_to_all
 from brt_dist.replicated import add_up, gather_cells
-from brt_dist.spread import Spread
+from brt_dist.spread import Placement, Spread
 from brt_dist.transport import Transport
 
 Activation = str | Callable[[Tensor], Tensor]
@@ -152,7 +153,7 @@ class ParallelExpertRouter(Router):
     ) -> tuple[Tensor, Route, Tensor]:
         """(rows by rank and expert, how they were laid out, counts of an exchange)."""
         num_slots = len(self.spread.held_W) * self.spread.num_slots
-        slot_NK = _renumber(choice_NK, self.spread.slot_P)
+        slot_NK = self.spread.slots(choice_NK, turn=dist.get_rank(self.spread.group))
         decision = Decision(num_slots, choice_NK=slot_NK, weight=weight_NK)
         route = make_route(decision, x_ND.shape[0]).with_sizes()
         rows_RD = ops.dispatch(x_ND, route.cell_R, route.row_NK)
@@ -195,9 +196,9 @@ class ParallelExpertRouter(Router):
         group, held = self.spread.group, self.spread.held
         flows = [x_ND, choice_NK] if weight_NK is None else [x_ND, choice_NK, weight_NK]
         gathered = gather_cells(flows, (0, -1, 0)[: len(flows)], group, f" for {self.spread}")
-        own_P = torch.full((self.num_paths,), -1)
-        own_P[list(held)] = torch.arange(len(held))
-        own_NK = _renumber(gathered[1], own_P)
+        num_slots, rank = self.spread.num_slots, dist.get_rank(group)
+        slot_NK = self.spread.slots(gathered[1], turn=0)
+        own_NK = torch.where(slot_NK // num_slots == rank, slot_NK % num_slots, -1)
         weight = gathered[2] if len(gathered) > 2 else None
         decision = Decision(max(len(held), 1), choice_NK=own_NK, weight=weight)
         route = make_route(decision, own_NK.shape[0]).with_sizes()
@@ -221,7 +222,8 @@ class ExpertParallel(nn.Module):
         up_PHD, down_PDH, up_bias_PH, down_bias_PD: the weights of all experts, alike on every rank;
             the module keeps its own.
         activation: as `brt.ExpertRouter` takes it.
-        placement: for each expert the rank of the group that holds it; None = equal blocks.
+        placement: for each expert the rank of the group that holds it, or several ranks; None =
+            equal blocks.
         group: None = all ranks.
         transport: how cells travel.
     """
@@ -237,7 +239,7 @@ class ExpertParallel(nn.Module):
         up_bias_PH: Tensor | None = None,
         down_bias_PD: Tensor | None = None,
         activation: Activation = "swiglu",
-        placement: Sequence[int] | None = None,
+        placement: Placement | None = None,
         group: Group | None = None,
         transport: Transport = _DEFAULT,
     ) -> None:
@@ -271,17 +273,6 @@ def share_of(stacked: Tensor, spread: Spread) -> nn.Parameter:
 
 def _sizes(x_ND: Tensor, choice_NK: Tensor) -> tuple[int, int]:
     return x_ND.shape[0], choice_NK.shape[0]
-
-
-def _renumber(choice_NK: Tensor, number_P: Tensor) -> Tensor:
-    """Choices by another numbering of the paths; -1 stays."""
-    if choice_NK.numel() and int(choice_NK.max()) >= number_P.shape[0]:
-        raise RouteError(
-            f"a choice must be a path in range({number_P.shape[0]}) or -1, got "
-            f"{int(choice_NK.max())}"
-        )
-    numbers_NK = number_P.to(choice_NK.device)[choice_NK.clamp(min=0)]
-    return torch.where(choice_NK < 0, choice_NK, numbers_NK)
 
 
 def _send_back(rows_RD: Tensor, exchange: Exchange) -> Callable[[], Tensor]:

@@ -5,7 +5,7 @@ Legend: P paths (experts).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -15,7 +15,7 @@ from brt_dist.errors import ParallelError
 from brt_dist.experts import ParallelExpertRouter, share_of
 from brt_dist.groups import Group
 from brt_dist.routers import Elsewhere, ParallelGatherRouter, ParallelScatterRouter
-from brt_dist.spread import Spread
+from brt_dist.spread import Placement, Spread
 from brt_dist.transport import Transport
 
 
@@ -35,7 +35,7 @@ class Settings:
     """What the changes are made by."""
 
     group: Group
-    placement: Mapping[str, Sequence[int]]
+    placement: Mapping[str, Placement]
     transport: Transport
 
     def spread(self, path: str, num_experts: int) -> Spread:

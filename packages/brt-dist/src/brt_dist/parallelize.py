@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -18,9 +19,11 @@ from torch.nn.parallel import DistributedDataParallel
 from brt.profile import signature
 from brt_dist.agree import agree, telling
 from brt_dist.errors import ParallelError
+from brt_dist.gradients import sum_replicas
 from brt_dist.groups import Group, resolve
 from brt_dist.mixtures import Change, Settings, find_changes, refused
 from brt_dist.placement import Plan
+from brt_dist.spread import Placement
 from brt_dist.transport import Transport
 from brt_dist.whole_state import Entry, gather_state
 
@@ -55,6 +58,13 @@ class Parallelized:
         """The experts' parameters: ``fully_shard(model, ignored_params=...)`` leaves them alone."""
         return {p for name, p in model.named_parameters() if name in self.experts}
 
+    def sum_replicas(self, model: nn.Module) -> None:
+        """Add up the gradients of experts that several ranks hold; every rank must call it.
+
+        Each of them then has the gradient of all the expert's rows, and they stay equal.
+        """
+        sum_replicas(model, self.entries, self.group)
+
     def keep_from_ddp(self, model: nn.Module) -> None:
         """Let `torch.nn.parallel.DistributedDataParallel` leave the experts alone."""
         names = [entry.name for entry in self.entries if entry.spread is not None]
@@ -69,7 +79,7 @@ def parallelize(
     model: nn.Module,
     ranks: Group | DeviceMesh | None = None,
     *,
-    placement: Plan | Mapping[str, Sequence[int]] | None = None,
+    placement: Plan | Mapping[str, Placement] | None = None,
     transport: Transport = _DEFAULT,
     leave: Collection[str] = (),
 ) -> Parallelized:
@@ -84,8 +94,8 @@ def parallelize(
     Args:
         model: changed in place. Names of the parameters stay; those of other ranks' branches go.
         ranks: a group, or a mesh of one dimension; None = all ranks.
-        placement: a plan for the model, or for the path of a mixture the rank of each expert;
-            others in equal blocks.
+        placement: a plan for the model, or for the path of a mixture the rank of each expert, or
+            its ranks (`Parallelized.sum_replicas`); others in equal blocks.
         transport: how cells travel.
         leave: paths of modules in which nothing is changed.
 
@@ -113,17 +123,19 @@ def parallelize(
 
 def _entries(model: nn.Module, changes: Sequence[Change]) -> Iterator[Entry]:
     of = {name: change for change in changes for name in change.owners}
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
     for name, tensor in model.state_dict().items():
         kind = name, tuple(tensor.shape), tensor.dtype
         if name in of:
-            yield Entry(*kind, of[name].spread, of[name].owners[name])
+            owner = of[name].owners[name]
+            yield Entry(*kind, of[name].spread, owner, name in trained)
         else:
             yield Entry(*kind)
 
 
 def _placement_of(
-    model: nn.Module, placement: Plan | Mapping[str, Sequence[int]] | None, group: Group
-) -> Mapping[str, Sequence[int]]:
+    model: nn.Module, placement: Plan | Mapping[str, Placement] | None, group: Group
+) -> Mapping[str, Placement]:
     """The rank of each expert, by the path of the module that holds the router."""
     if not isinstance(placement, Plan):
         return placement or {}
@@ -132,8 +144,11 @@ def _placement_of(
     # A plan of a bare trace knows no names: then the routers' order stands for them
     paths = placement.layers if set(placement.layers) & set(routers) else tuple(routers)
     return {
-        path.rpartition(".")[0]: rank_E.tolist()
-        for path, rank_E in zip(paths, placement.rank_LE, strict=True)
+        path.rpartition(".")[0]: [
+            np.flatnonzero((expert_WS == expert).any(1)).tolist()
+            for expert in range(placement.num_experts)
+        ]
+        for path, expert_WS in zip(paths, placement.expert_LWS, strict=True)
     }
 
 

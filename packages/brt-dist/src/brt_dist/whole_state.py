@@ -26,6 +26,7 @@ class Entry:
     Attributes:
         spread: where the experts are that it belongs to; None: it is on every rank.
         expert: the expert that it belongs to; None: to all, ``[P, ...]``.
+        is_trained: whether it has a gradient.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Entry:
     dtype: torch.dtype
     spread: Spread | None = None
     expert: int | None = None
+    is_trained: bool = False
 
 
 def gather_state(model: nn.Module, entries: Sequence[Entry], group: Group) -> dict[str, Tensor]:
