@@ -11,6 +11,8 @@ import torch
 
 # A test sees built-ins only, unless it asks for more (brt.plugins.using) or this is set outside.
 os.environ.setdefault("BRT_PLUGINS", "")
+# What was measured on this machine is the user's: tests neither read it nor add to it.
+os.environ["BRT_TUNING"] = "off"
 if "OMP_NUM_THREADS" in os.environ:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from importlib import metadata
 from typing import Any
 
@@ -12,12 +12,14 @@ import torch
 from torch import fx, nn
 
 from brt import graph as tracing
+from brt import tuning
 from brt.errors import BrtError, PassError, PluginWarning
 from brt.optimized import Optimized, RegionModule
-from brt.passes import DEFAULT
+from brt.passes import DEFAULT, forms
 from brt.passes.base import Pass
 from brt.passes.match import scatters
 from brt.passes.prepare import TRACE_TOLERANCE, copy_of, put_back, regions_of
+from brt.passes.remembered import Remembered
 from brt.passes.run import Work, resolve, run_passes
 from brt.passes.verify import Moved, cloned, largest_error, without_traces
 from brt.profile import Profile
@@ -32,6 +34,7 @@ def optimize(
     passes: Iterable[str | Pass] | None = None,
     sample: Any = None,
     verify: bool = True,
+    measure: bool | None = None,
 ) -> Optimized:
     """A module that computes what ``model`` does, specialised to its profile by passes.
 
@@ -48,12 +51,25 @@ def optimize(
         sample: a batch, as `brt.profile` takes them: a tensor, a tuple of arguments or a dict of
             keywords.
         verify: run the original and the result of each pass on ``sample``, and compare.
+        measure: time each region on ``sample``, as it was and after each pass, and keep the fastest
+            form, which may be the original. By default where passes were not named: those that you
+            name run, whether they help or not. Without a sample nothing is measured.
+
+    What is measured is remembered on this machine (`brt.tuning`), so that it is measured once.
 
     Raises `PassError` where a pass fails, or moves the result; `ProfileError` where the profile is
     not of this model; `PluginError` for an unknown name.
     """
+    named = passes is not None
     return optimize_as(
-        model, profile, passes, sample=sample, verify=verify, warn_refusals=passes is not None
+        model,
+        profile,
+        passes,
+        sample=sample,
+        verify=verify,
+        warn_refusals=named,
+        measure=not named if measure is None else measure,
+        memory=Remembered(tuning.store()),
     )
 
 
@@ -65,9 +81,10 @@ def optimize_as(
     sample: Any,
     verify: bool,
     warn_refusals: bool,
-    known: Mapping[str, bool] | None = None,
+    measure: bool,
+    memory: Remembered,
 ) -> Optimized:
-    """`optimize`, with decisions that are known already (`brt.load`)."""
+    """`optimize`, with what is known already (`brt.load`)."""
     _check_model(model)
     chosen = resolve(DEFAULT if passes is None else passes)
     _check_profile(model, profile, chosen)
@@ -79,25 +96,14 @@ def optimize_as(
         warnings.warn(f"optimize: nothing to work on: {reasons}", PluginWarning, stacklevel=2)
     before = {work.path: _view(work) for work in works}
     checks = verify and sample is not None
-    run_passes(chosen, works, verify=checks, warn_refusals=warn_refusals, known=known or {})
+    forms.begin(works, chosen, memory, measure=measure)
+    run_passes(chosen, works, verify=checks, warn_refusals=warn_refusals, memory=memory)
+    forms.keep_fastest(works, chosen, memory)
     put_back(works)
     fast = Optimized(copy)
     error = _compare(fast, chosen, wanted, sample) if checks else None
     fast.reset_stats()
-    for work in works:
-        view_before, routers = before[work.path]
-        view_after, _ = _view(work)
-        made = RegionReport(
-            work.path,
-            type(work.scope).__name__,
-            None,
-            view_before,
-            view_after,
-            tuple(work.records),
-            routers,
-            work.closed,
-        )
-        reports.append(made)
+    reports += [_reported(work, *before[work.path]) for work in works]
     fast._report = Report(
         model=type(model).__name__,
         num_parameters=sum(p.numel() for p in model.parameters()),
@@ -112,6 +118,14 @@ def optimize_as(
     )
     fast._made_by = (chosen, profile)
     return fast
+
+
+def _reported(work: Work, before: GraphView, routers: tuple[RouterView, ...]) -> RegionReport:
+    after, _ = _view(work)
+    records = tuple(work.records)
+    return RegionReport(
+        work.path, work.type, None, before, after, records, routers, work.closed, work.candidates
+    )
 
 
 def _check_model(model: nn.Module) -> None:

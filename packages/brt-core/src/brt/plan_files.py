@@ -17,17 +17,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from brt import plugins
+from brt import plugins, tuning
 from brt.errors import PassError, PluginWarning
 from brt.optimize import optimize_as
 from brt.optimized import Optimized
-from brt.passes.base import Pass
+from brt.passes.base import Candidate, Pass
+from brt.passes.remembered import Form, Remembered
 from brt.profile.files import put_together, taken_apart
 from brt.sealed_files import SealedFormat
 
 _FORMAT = SealedFormat(
     name="brt-plan",
-    schema=1,
+    schema=2,
     key="plan",
     error=PassError,
     written_by="brt.optimize(...).save(path)",
@@ -50,6 +51,11 @@ def save_plan(fast: Optimized, path: Path) -> None:
             for region in fast.report.regions
             for record in region.records
             for key, worth in record.decisions.items()
+        },
+        "forms": {
+            region.path: {"kept": list(kept), "all": [asdict(one) for one in region.candidates]}
+            for region in fast.report.regions
+            for kept in [one.passes for one in region.candidates if one.kept]
         },
         "measured_on": _machine(fast),
         "profile": header,
@@ -75,7 +81,7 @@ def load(
     text, tensors = _FORMAT.load(Path(path))
     plan: dict[str, Any] = json.loads(text)
     _check_model(plan, model, Path(path))
-    known: Mapping[str, bool] = plan["decisions"]
+    memory = Remembered(tuning.store(), plan["decisions"], _forms(plan["forms"]))
     machine = _machine(model)
     if machine != plan["measured_on"]:
         warnings.warn(
@@ -84,12 +90,29 @@ def load(
             PluginWarning,
             stacklevel=2,
         )
-        known = {}
+        memory = Remembered(tuning.store())
     profile = put_together(json.loads(plan["profile"]), tensors) if plan["profile"] else None
     passes = [_made(one, Path(path)) for one in plan["passes"]]
     return optimize_as(
-        model, profile, passes, sample=sample, verify=verify, warn_refusals=False, known=known
+        model,
+        profile,
+        passes,
+        sample=sample,
+        verify=verify,
+        warn_refusals=False,
+        measure=bool(plan["forms"]),
+        memory=memory,
     )
+
+
+def _forms(saved: Mapping[str, Any]) -> dict[str, Form]:
+    return {
+        region: (
+            tuple(form["kept"]),
+            tuple(Candidate(tuple(c["passes"]), c["seconds"], c["kept"]) for c in form["all"]),
+        )
+        for region, form in saved.items()
+    }
 
 
 def _check_model(plan: dict[str, Any], model: nn.Module, path: Path) -> None:

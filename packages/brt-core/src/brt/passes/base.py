@@ -91,6 +91,26 @@ class Record:
         }
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """One form of a region that was measured on the sample.
+
+    Attributes:
+        passes: whose rewriting is in it, in order; () is the original.
+        seconds: the median of one run over the region's calls on the sample.
+        kept: whether it is the form that runs.
+    """
+
+    passes: tuple[str, ...]
+    seconds: float
+    kept: bool = False
+
+    @property
+    def name(self) -> str:
+        """The form, as a table names it."""
+        return " + ".join(self.passes) or "the original"
+
+
 @dataclass(frozen=True, eq=False)
 class Call:
     """One call of a region on the sample, with what the original answered."""
@@ -111,7 +131,7 @@ class Context:
         profile: of the region: keys start at it, and each of its calls is a forward; None where
             there is no profile, or it knows no router of the region.
         sample: the region's calls while the model ran on the sample; empty without one.
-        known: decisions of an earlier optimisation of this model, by `decide`'s keys.
+        known: decisions of earlier optimisations, by `decide`'s keys.
     """
 
     pass_name: str
@@ -133,13 +153,13 @@ class Context:
         self.left.append(Left(what, why))
 
     def decide(self, where: str, measure: Callable[[], bool]) -> bool:
-        """What ``measure()`` says, or said when this model was optimised before and saved.
+        """What ``measure()`` says, or said before: in a saved plan, or on this machine.
 
         ``where`` is what it is about, in the region: the name of a scatter.
         """
         key = f"{self.pass_name}:{self.path(where)}"
         if key in self.known:
-            self.note(f"{where}: as it was measured when the plan was saved")
+            self.note(f"{where}: as it was measured before")
         self.decisions[key] = self.known[key] if key in self.known else measure()
         return self.decisions[key]
 

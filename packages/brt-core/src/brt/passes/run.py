@@ -8,18 +8,29 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+import torch
 from torch import fx, nn
 
 from brt import plugins
 from brt.errors import PassError, PluginWarning
 from brt.guard import Spill, compiled
-from brt.passes.base import Call, Context, Pass, Record, require_stateless
+from brt.passes.base import Call, Candidate, Context, Left, Pass, Record, require_stateless
 from brt.passes.capture import CapturedRegion
 from brt.passes.match import writes
+from brt.passes.remembered import Remembered, keep
 from brt.passes.verify import Moved, Tolerance, cloned, largest_error, without_traces
 
 if TYPE_CHECKING:
     from brt.profile import Profile
+
+
+@dataclass(frozen=True, eq=False)
+class Form:
+    """A region's graph at one moment, after the passes that changed it so far."""
+
+    passes: tuple[str, ...]
+    graph: fx.Graph
+    inserted: Mapping[str, nn.Module]
 
 
 @dataclass(eq=False)
@@ -37,6 +48,12 @@ class Work:
         profile: of the region.
         records: of the passes so far.
         changed: whether any of them changed the graph.
+        verified: whether each pass is checked on the calls.
+        forms: the original, and what each pass that changed it made of it; empty where forms are
+            not measured.
+        wanted: the passes that were kept here before; None where that is not known.
+        candidates: the forms that were measured.
+        key: what measurements depend on; "" where none are remembered.
     """
 
     path: str
@@ -48,6 +65,22 @@ class Work:
     profile: Profile | None = None
     records: list[Record] = field(default_factory=list)
     changed: bool = False
+    verified: bool = False
+    forms: list[Form] = field(default_factory=list)
+    wanted: tuple[str, ...] | None = None
+    candidates: tuple[Candidate, ...] = ()
+    key: str = ""
+
+    @property
+    def type(self) -> str:
+        """Class of its module."""
+        return type(self.scope).__name__
+
+    @property
+    def device(self) -> torch.device:
+        """Where its parameters are."""
+        tensors = (*self.scope.parameters(), *self.scope.buffers())
+        return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
     @property
     def name(self) -> str:
@@ -58,6 +91,19 @@ class Work:
         """The modules that passes put into the graph, by name."""
         own = self.scope._modules
         return {k: m for k, m in self.graph._modules.items() if k not in own and m is not None}
+
+    def snapshot(self) -> None:
+        """Add the graph as it is to the forms."""
+        changed = tuple(record.name for record in self.records if record.changed)
+        self.forms.append(Form(changed, _copied(self.graph.graph), self.inserted()))
+
+    def restore(self, form: Form) -> None:
+        """Go back to a form."""
+        for name in self.inserted():
+            self.scope.__dict__.pop(name, None)
+        self.graph.__dict__["_modules"] = {**self.scope._modules, **form.inserted}
+        self.scope.__dict__.update(form.inserted)
+        self.graph.graph = _copied(form.graph)
 
     def check(self, tolerance: Tolerance) -> float | None:
         """Run the graph on the sample's calls; raises `Moved` where it answers otherwise."""
@@ -122,19 +168,21 @@ def run_passes(
     *,
     verify: bool,
     warn_refusals: bool,
-    known: Mapping[str, bool],
+    memory: Remembered,
 ) -> None:
-    """Run every pass on every region, in order; records go to the regions.
+    """Run every pass on every region, in order; records and forms go to the regions.
 
-    A pass that refuses every region is warned about where the user named it. ``known`` are
-    decisions that need not be measured again.
+    A pass that refuses every region is warned about where the user named it. Where it is known
+    which passes a region keeps, only these run.
     """
+    for work in works:
+        work.verified = verify
     for one in passes:
         for work in works:
-            record = _run(one, work, verify, known)
-            work.records.append(record)
-            work.changed |= record.changed
-            plugins.pass_ran(record, work.graph)
+            if work.wanted is None or one.name in work.wanted:
+                run_pass(one, work, memory)
+            else:
+                work.records.append(_left_out(one, work))
         refusals = [w.records[-1].refused for w in works]
         if warn_refusals and refusals and all(reason is not None for reason in refusals):
             reasons = "; ".join(dict.fromkeys(reason for reason in refusals if reason))
@@ -143,7 +191,31 @@ def run_passes(
             )
 
 
-def _run(one: Pass, work: Work, verify: bool, known: Mapping[str, bool]) -> Record:
+def run_pass(one: Pass, work: Work, memory: Remembered) -> None:
+    """Run a pass on a region; the region gets the record, and the form where it changed."""
+    known = memory.decisions_of(one, work)
+    record = _run(one, work, known)
+    keep(known, record.decisions)
+    work.records.append(record)
+    work.changed |= record.changed
+    if record.changed and work.forms:
+        work.snapshot()
+    plugins.pass_ran(record, work.graph)
+
+
+def _left_out(one: Pass, work: Work) -> Record:
+    num_nodes = len(work.graph.graph.nodes)
+    left = Left("the region", "the form that was measured fastest before is without this pass")
+    return Record(one.name, work.path, 0.0, num_nodes, num_nodes, False, left=(left,))
+
+
+def _copied(graph: fx.Graph) -> fx.Graph:
+    made = fx.Graph()
+    made.output(made.graph_copy(graph, {}))
+    return made
+
+
+def _run(one: Pass, work: Work, known: Mapping[str, bool]) -> Record:
     graph = work.graph
     ctx = Context(one.name, work.path, work.scope, work.profile, work.calls, known)
     before, num_before = _names(work.scope), len(graph.graph.nodes)
@@ -182,7 +254,7 @@ def _run(one: Pass, work: Work, verify: bool, known: Mapping[str, bool]) -> Reco
         refused,
         decisions=ctx.decisions,
     )
-    return replace(record, max_error=_checked(one, work)) if verify and changed else record
+    return replace(record, max_error=_checked(one, work)) if work.verified and changed else record
 
 
 def _checked(one: Pass, work: Work) -> float | None:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from brt.passes.base import Record
+from brt.passes.base import Candidate, Record
 
 SCHEMA = 1
 
@@ -100,6 +100,7 @@ class RegionReport:
         routers: what the profile knows of its routers.
         closed: {path: why} of its modules without routers that could not be traced: each stays one
             node, which passes do not look into.
+        candidates: the forms of it that were measured on the sample; empty where none were.
     """
 
     path: str
@@ -110,6 +111,12 @@ class RegionReport:
     records: tuple[Record, ...] = ()
     routers: tuple[RouterView, ...] = ()
     closed: Mapping[str, str] = field(default_factory=dict)
+    candidates: tuple[Candidate, ...] = ()
+
+    @property
+    def kept_nothing(self) -> bool:
+        """Whether other forms were measured, and the original was kept."""
+        return bool(self.candidates) and not any(one.passes for one in self.candidates if one.kept)
 
 
 def _no_stats() -> Mapping[str, Mapping[str, int]]:
@@ -183,7 +190,7 @@ class Report:
         return page
 
     def __str__(self) -> str:
-        return "\n".join([*self._head(), *self._passes(), *self._guards()])
+        return "\n".join([*self._head(), *self._passes(), *self._candidates(), *self._guards()])
 
     def _head(self) -> list[str]:
         lines = [f"{self.model}, {self.num_parameters:,} parameters, {self.device}"]
@@ -224,6 +231,20 @@ class Report:
         for line, notes in zip(lines[1:], below, strict=True):
             out += [line, *notes]
         return out
+
+    def _candidates(self) -> list[str]:
+        rows = [("form", "region", "ms", "of the original", "")]
+        for region in self.regions:
+            for one in region.candidates:
+                share = one.seconds / max(region.candidates[0].seconds, 1e-12)
+                kept = "kept" if one.kept else ""
+                name = region.path or "model"
+                rows.append((one.name, name, f"{1e3 * one.seconds:.3f}", f"{share:.2f}", kept))
+        if len(rows) == 1:
+            return []
+        nothing = [r.path or "the model" for r in self.regions if r.kept_nothing]
+        why = [f"nothing was kept for {name}: no form is faster than it was" for name in nothing]
+        return ["", *_table(rows), *why]
 
     def _guards(self) -> list[str]:
         guards = self.guards()

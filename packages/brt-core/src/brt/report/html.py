@@ -20,6 +20,7 @@ def render(report: Report) -> str:
         *_header(report),
         *_cards(report),
         *_passes(report),
+        *_candidates(report),
         *_guards(report.guards()),
         *(part for i, one in enumerate(report.regions) for part in region_parts(i, one)),
         *_left_alone(report),
@@ -119,6 +120,27 @@ def _passes(report: Report) -> Iterator[str]:
     )
     for record in report.records:
         yield _pass_row(record)
+    yield "</table></div>"
+
+
+def _candidates(report: Report) -> Iterator[str]:
+    rows = [(region, one) for region in report.regions for one in region.candidates]
+    if not rows:
+        return
+    yield "<h2>Forms that were measured</h2>"
+    yield '<div class="panel scroll"><table>'
+    yield (
+        '<tr><th>form</th><th>region</th><th class="num">time</th>'
+        '<th class="num">of the original</th><th></th></tr>'
+    )
+    for region, one in rows:
+        share = one.seconds / max(region.candidates[0].seconds, 1e-12)
+        kept = _badge("kept", "good") if one.kept else ""
+        yield (
+            f"<tr><td>{escape(one.name)}</td><td>{escape(region.path or 'the model')}</td>"
+            f'<td class="num">{1e3 * one.seconds:.3f} ms</td><td class="num">{share:.2f}</td>'
+            f"<td>{kept}</td></tr>"
+        )
     yield "</table></div>"
 
 

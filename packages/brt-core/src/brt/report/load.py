@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from brt.errors import BrtError
-from brt.passes.base import Left, Record
+from brt.passes.base import Candidate, Left, Record
 from brt.report.data import SCHEMA, GraphView, NodeView, RegionReport, Report, RouterView
 
 
@@ -58,6 +58,10 @@ def _region(data: Mapping[str, Any]) -> RegionReport:
         records=tuple(_record(record) for record in data["records"]),
         routers=tuple(_router(router) for router in data["routers"]),
         closed=data.get("closed", {}),
+        candidates=tuple(
+            Candidate(tuple(one["passes"]), one["seconds"], one["kept"])
+            for one in data.get("candidates", ())
+        ),
     )
 
 
