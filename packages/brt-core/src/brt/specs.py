@@ -126,7 +126,8 @@ class ModelSpec(Spec):
 
     `sample` makes the positional arguments of one forward call: ``sample(seed=0) -> tuple``;
     another seed gives another batch. `pretrained` makes the model with the weights that ship
-    with it, where there are any.
+    with it, where there are any. `load` makes it of somebody's checkpoint, in eval mode, for
+    ``brt load``: ``load(path, **options)`` raises `BrtError` with everything that does not fit.
     """
 
     kind = "models"
@@ -140,12 +141,14 @@ class ModelSpec(Spec):
     checkpoints: tuple[str, ...] = ()
     """Formats that the model loads: "huggingface", "safetensors"."""
     pretrained: Callable[[], nn.Module] | None = None
+    load: Callable[..., nn.Module] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _require_callable(str(self), "sample", self.sample)
-        if self.pretrained is not None:
-            _require_callable(str(self), "pretrained", self.pretrained)
+        for field in ("pretrained", "load"):
+            if getattr(self, field) is not None:
+                _require_callable(str(self), field, getattr(self, field))
 
 
 @dataclass(frozen=True, kw_only=True)

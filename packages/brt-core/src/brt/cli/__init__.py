@@ -26,6 +26,7 @@ COMMANDS = (
     "report",
     "bench",
     "models",
+    "load",
     "adapt",
     "place",
     "protocols",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
-from rich.tree import Tree
 
-from brt.cli import show
+from brt.cli import router_tree, show
+from brt.files import atomic_write
 
 if TYPE_CHECKING:
     from torch import nn
@@ -52,28 +52,51 @@ def models(context: typer.Context, as_json: show.AsJson = False) -> None:
 
 def show_model(
     name: Annotated[str, typer.Argument(help="A name that `brt models` lists.")],
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write a page with the graphs and where cells of a sample batch go.",
+            show_default=False,
+            dir_okay=False,
+        ),
+    ] = None,
     as_json: show.AsJson = False,
 ) -> None:
     """Draw the routers of a model, with their places and protocols.
 
+    Parts that are alike are drawn once, with all of their numbers.
+
     [bold]Examples[/]
 
         brt models show patch-sr
+
+        brt models show patch-sr --html patch-sr.html
 
         brt models show patch-sr --json
     """
     from brt import plugins
 
     spec, owner = plugins.collect("models").get(name) or (plugins.get("models", name), "")
+    if html is not None:
+        _write_page(spec, html)
     found = _routers(_shape_of(spec))
     if as_json:
         show.print_json(_describe(spec, owner) | {"routers": found})
         return
-    tree = Tree(f"[bold]{escape(spec.title or name)}[/]: {escape(spec.summary)}")
-    for router in found:
-        place, kind = escape(router["place"]), escape(router["router"])
-        tree.add(f"[cyan]{place}[/] {kind} [dim]{escape(router['what'])}[/]")
-    show.console().print(tree)
+    show.console().print(router_tree.drawn(spec.title or name, spec.summary, found))
+    if html is not None:
+        typer.echo(f"wrote {html}")
+
+
+def _write_page(spec: ModelSpec, path: Path) -> None:
+    """The report of a model that no pass has changed."""
+    import brt
+
+    model = spec.factory() if spec.pretrained is None else spec.pretrained()
+    profile = brt.profile(model.eval(), [spec.sample()])
+    report = brt.optimize(model, profile, passes=[]).report
+    with atomic_write(path) as beside:
+        report.to_html(beside)
 
 
 def _describe(spec: ModelSpec, owner: str) -> dict[str, Any]:
