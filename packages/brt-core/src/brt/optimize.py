@@ -14,6 +14,7 @@ from torch import fx, nn
 from brt import graph as tracing
 from brt import tuning
 from brt.errors import BrtError, PassError, PluginWarning
+from brt.ops import measured
 from brt.optimized import Optimized, RegionModule
 from brt.passes import DEFAULT, forms
 from brt.passes.base import Pass
@@ -60,7 +61,8 @@ def optimize(
     Raises `PassError` where a pass fails, or moves the result; `ProfileError` where the profile is
     not of this model; `PluginError` for an unknown name.
     """
-    named = passes is not None
+    named, store = passes is not None, tuning.store()
+    measured.load(store)
     return optimize_as(
         model,
         profile,
@@ -69,7 +71,7 @@ def optimize(
         verify=verify,
         warn_refusals=named,
         measure=not named if measure is None else measure,
-        memory=Remembered(tuning.store()),
+        memory=Remembered(store),
     )
 
 

@@ -19,6 +19,7 @@ from torch import nn
 
 from brt import plugins, tuning
 from brt.errors import PassError, PluginWarning
+from brt.ops import measured
 from brt.optimize import optimize_as
 from brt.optimized import Optimized
 from brt.passes.base import Candidate, Pass
@@ -81,7 +82,9 @@ def load(
     text, tensors = _FORMAT.load(Path(path))
     plan: dict[str, Any] = json.loads(text)
     _check_model(plan, model, Path(path))
-    memory = Remembered(tuning.store(), plan["decisions"], _forms(plan["forms"]))
+    store = tuning.store()
+    measured.load(store)
+    memory = Remembered(store, plan["decisions"], _forms(plan["forms"]))
     machine = _machine(model)
     if machine != plan["measured_on"]:
         warnings.warn(
@@ -90,7 +93,7 @@ def load(
             PluginWarning,
             stacklevel=2,
         )
-        memory = Remembered(tuning.store())
+        memory = Remembered(store)
     profile = put_together(json.loads(plan["profile"]), tensors) if plan["profile"] else None
     passes = [_made(one, Path(path)) for one in plan["passes"]]
     return optimize_as(

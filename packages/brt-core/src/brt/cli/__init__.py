@@ -23,6 +23,7 @@ COMMANDS = (
     "demo",
     "profile",
     "optimize",
+    "tune",
     "report",
     "bench",
     "models",

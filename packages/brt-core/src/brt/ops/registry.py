@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from brt import checks, plugins
 from brt.errors import KernelError
 from brt.specs import KernelSpec
+from brt.tuning import size_class
 
 LIBRARY = torch.library.Library("brt", "DEF")
 OPERATORS: dict[str, Operator] = {}
@@ -30,6 +31,8 @@ _used: str | None = None
 _from_environment = os.environ.get("BRT_OPS") or None
 # (operator, signature of the arguments) -> name of the kernel that measured fastest
 _measured: dict[tuple[Any, ...], str] = {}
+WATCHERS: list[Callable[[str, tuple[Any, ...]], None]] = []
+"""Called with the operator's name and the arguments of every call (`brt.ops.measured`)."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,8 @@ class Operator:
 
     def choose(self, args: tuple[Any, ...]) -> KernelSpec:
         """The kernel for these arguments; an error that lists every refusal where none fits."""
+        for watcher in WATCHERS:
+            watcher(self.name, args)
         spec, _ = self._choose(args)
         if spec is None:
             raise KernelError(f"no kernel takes this call\n{self.explain(*args)}")
@@ -199,7 +204,12 @@ def explain(op: str, *args: Any) -> Explanation:
 
 def remember(op: str, args: tuple[Any, ...], name: str) -> None:
     """Prefer a kernel, by measurement, for calls with arguments of this signature."""
-    _measured[(op, *signature(args))] = name
+    remember_signature(op, signature(args), name)
+
+
+def remember_signature(op: str, of: tuple[Any, ...], name: str) -> None:
+    """`remember`, by the signature itself."""
+    _measured[(op, *of)] = name
 
 
 def forget() -> None:
@@ -208,9 +218,12 @@ def forget() -> None:
 
 
 def signature(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What a measured choice depends on: dtypes, devices and shapes of tensors; other values."""
+    """What a measured choice depends on: dtypes, devices and shapes of tensors; other values.
+
+    The size of dim 0, which changes from call to call, is rounded up to a power of two.
+    """
     return tuple(
-        (a.dtype, a.device.type, tuple(a.shape))
+        (a.dtype, a.device.type, (size_class(a.shape[0]), *a.shape[1:]) if a.ndim else ())
         if isinstance(a, Tensor)
         else signature(tuple(a))
         if isinstance(a, (list, tuple))
