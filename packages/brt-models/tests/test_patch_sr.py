@@ -18,7 +18,7 @@ from brt.errors import BrtError
 from brt_models import patch_sr, photos, quality
 from brt_models.patch_sr import Gate, PatchSR, PatchSRConfig
 from brt_models.patch_sr.config import Upsampler
-from brt_models.patch_sr.network import PixelShuffle
+from brt_models.patches import PixelShuffle
 from brt_models.resampling import crop_to_multiple, enlarge, shrink
 
 SMALL = PatchSRConfig(channels=(4, 6, 8), blocks=(0, 1, 2), size=12, stride=8, gate_channels=(8,))
@@ -158,16 +158,6 @@ def test_no_photos_at_all() -> None:
 def test_configs_that_make_no_network(fields: dict[str, object], message: str) -> None:
     with pytest.raises(BrtError, match=message):
         replace(SMALL, **fields)
-
-
-def test_livesr_is_the_shape_that_was_measured() -> None:
-    config = PatchSRConfig.livesr()
-    assert config.num_paths == 10
-    assert set(config.channels) == {8}
-    assert set(config.blocks) == {80}
-    model = PatchSR(PatchSRConfig.livesr(channels=12, num_paths=4, num_blocks=3)).eval()
-    with torch.inference_mode():
-        assert model(torch.rand(1, 3, 40, 40)).shape == (1, 3, 160, 160)
 
 
 @pytest.mark.parametrize("upsampler", ["direct", "progressive"])

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import brt
-from brt_models import dynamic_routing, msdnet, patch_sr, ranet, swin_moe, taskmoe
+from brt_models import classsr, dynamic_routing, livesr, msdnet, patch_sr, ranet, swin_moe, taskmoe
 from brt_models.adapters import ADAPTERS
 from brt_models.language_models import MODELS, PROTOCOLS, WORKLOADS
+from brt_models.workloads import classsr as classsr_workloads
 from brt_models.workloads import dynamic_routing as dynamic_routing_workloads
+from brt_models.workloads import livesr as livesr_workloads
 from brt_models.workloads import msdnet as msdnet_workloads
 from brt_models.workloads import patch_sr as patch_sr_workloads
 from brt_models.workloads import ranet as ranet_workloads
@@ -33,11 +35,22 @@ def brt_models() -> Iterable[brt.ModelSpec]:
     yield brt.ModelSpec(
         name="livesr",
         summary="ten equal branches of 80 residual blocks on patches of a video frame",
-        factory=patch_sr.livesr,
-        sample=patch_sr.sample,
+        factory=livesr.livesr,
+        sample=livesr.sample,
         title="LiveSR",
         cells="a 32x32 patch",
         paper="LiveSR in Brainstorm (OSDI 2023), branches of NAS (OSDI 2018)",
+        checkpoints=("nas-state-dicts", "torchvision-resnet18", "kmeans-npz"),
+    )
+    yield brt.ModelSpec(
+        name="classsr",
+        summary="easy, middling and hard patches take FSRCNN, CARN, SRResNet or RCAN branches",
+        factory=classsr.small,
+        sample=classsr.sample,
+        title="ClassSR",
+        cells="a 32x32 patch",
+        paper="Kong et al. (CVPR 2021)",
+        checkpoints=("classsr-state-dict",),
     )
     yield brt.ModelSpec(
         name="msdnet",
@@ -117,8 +130,13 @@ def brt_workloads() -> Iterable[brt.WorkloadSpec]:
     )
     yield brt.WorkloadSpec(
         name="livesr",
-        summary="LiveSR's conv branches on one frame, with its published loads",
-        factory=patch_sr_workloads.livesr_frame,
+        summary="LiveSR, classifier included, on one frame with its published loads",
+        factory=livesr_workloads.frame,
+    )
+    yield brt.WorkloadSpec(
+        name="classsr",
+        summary="a photo whose patches are as easy and hard as in published frames",
+        factory=classsr_workloads.enlarge,
     )
     yield brt.WorkloadSpec(
         name="msdnet",

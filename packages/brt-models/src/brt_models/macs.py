@@ -20,13 +20,15 @@ def macs_of(
     """
     macs: Counter[nn.Module] = Counter()
 
-    def count(module: nn.Module, args: object, out: Tensor) -> None:
+    def count(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
         weight = module.weight
         assert isinstance(weight, Tensor)
-        # A weight is used once for every place of the output: pixels, or rows of a linear layer
-        macs[module] += weight.numel() * (out.numel() // weight.shape[0])
+        # A weight is used once for every place of the output: pixels, or rows of a linear layer;
+        # of a transposed convolution, once for every place of the input
+        places = args[0] if isinstance(module, nn.ConvTranspose2d) else out
+        macs[module] += weight.numel() * (places.numel() // weight.shape[0])
 
-    kinds = (nn.Conv2d, nn.Linear)
+    kinds = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
     handles = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, kinds)]
     was_training = model.training
     model.eval()

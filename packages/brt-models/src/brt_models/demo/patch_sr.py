@@ -26,7 +26,7 @@ from brt_models import patch_sr, photos, quality
 from brt_models.demo.pictures import draw_comparison, draw_routing
 from brt_models.demo.timing import alternate
 from brt_models.patch_sr import PatchSR
-from brt_models.patch_sr.network import at_least
+from brt_models.patches import at_least
 from brt_models.picture_files import read, write
 from brt_models.quality import Quality
 from brt_models.resampling import crop_to_multiple, enlarge, resize, shrink

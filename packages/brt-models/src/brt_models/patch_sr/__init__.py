@@ -5,12 +5,13 @@ few residual networks of different width and depth, and the results are folded b
 resolution. Each branch predicts what bicubic upscaling lacks, so that even the cheapest one
 starts from a bicubic photo.
 
-LiveSR: Brainstorm, OSDI 2023, section 5.2, on NAS (OSDI 2018). ClassSR: Kong et al., CVPR 2021.
+The networks themselves are in `brt_models.livesr` (Brainstorm, OSDI 2023, section 5.2) and
+`brt_models.classsr` (Kong et al., CVPR 2021).
 """
 
 from brt_models.patch_sr.config import PatchSRConfig
 from brt_models.patch_sr.files import load, pretrained, save
-from brt_models.patch_sr.network import Branch, Gate, PatchSR, centred, livesr, sample
+from brt_models.patch_sr.network import Branch, Gate, PatchSR, centred, sample
 
 __all__ = [
     "Branch",
@@ -18,7 +19,6 @@ __all__ = [
     "PatchSR",
     "PatchSRConfig",
     "centred",
-    "livesr",
     "load",
     "pretrained",
     "sample",

@@ -64,16 +64,6 @@ class PatchSRConfig:
         if self.price <= 0:
             raise BrtError(f"PatchSRConfig: price must be over 0, got {self.price}")
 
-    @classmethod
-    def livesr(cls, channels: int = 8, num_paths: int = 10, num_blocks: int = 80) -> PatchSRConfig:
-        """The shape that Brainstorm measured: equal NAS-MDSR branches, 8 to 20 channels."""
-        return cls(
-            channels=(channels,) * num_paths,
-            blocks=(num_blocks,) * num_paths,
-            upsampler="progressive",
-            residual_scale=0.1,
-        )
-
     @property
     def num_paths(self) -> int:
         """Number of branches."""

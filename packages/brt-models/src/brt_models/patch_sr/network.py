@@ -6,14 +6,15 @@ s the scale.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from brt import Cells, GatherRouter, ScatterRouter, annotate_patches, each
-from brt.errors import BrtError
-from brt.protocols import TopK
+from brt import PatchGrid
 from brt_models.patch_sr.config import PatchSRConfig
+from brt_models.patches import PatchNetwork, PixelShuffle, photo
 from brt_models.resampling import enlarge
 
 NO_DETAIL = 1e-4  # of a feature's mean: what the logarithm sees of a plain patch
@@ -31,16 +32,6 @@ class Block(nn.Module):
     def forward(self, x_NFHW: Tensor) -> Tensor:
         """[N, F, H, W] -> the same shape."""
         return torch.add(x_NFHW, self.conv2(F.relu(self.conv1(x_NFHW))), alpha=self.residual_scale)
-
-
-class PixelShuffle(nn.PixelShuffle):
-    """torch's, but for the backward, which raises there where there are no rows (torch 2.13)."""
-
-    def forward(self, x_NFHW: Tensor) -> Tensor:
-        """[N, F*s*s, H, W] -> [N, F, s*H, s*W]."""
-        scale = self.upscale_factor
-        apart = x_NFHW.unflatten(1, (-1, scale, scale))  # [N, F, s, s, H, W]
-        return apart.permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)
 
 
 class Branch(nn.Module):
@@ -111,37 +102,41 @@ class Gate(nn.Module):
         return -(self.log_steps(x_NCHW).cumsum(1).exp() / self.price + self.cost_P)
 
 
-class PatchSR(nn.Module):
+class PatchSR(PatchNetwork):
     """Photos [B, 3, H, W], values 0 to 1 -> [B, 3, s*H, s*W].
 
-    Values may leave 0 to 1 a little. A photo smaller than a patch is padded for the branches.
+    Branches give what bicubic upscaling lacks. Values may leave 0 to 1 a little. A photo smaller
+    than a patch is padded for the branches.
     """
 
     def __init__(self, config: PatchSRConfig | None = None) -> None:
-        super().__init__()
-        self.config = config = config or PatchSRConfig()
+        config = config or PatchSRConfig()
+        super().__init__(config.num_paths, config.size, config.stride, config.scale)
+        self.config = config
         self.gate: nn.Module = Gate(config)
-        self.scatter = ScatterRouter(TopK(1), num_paths=config.num_paths)
         self.branches = nn.ModuleList(Branch(config, path) for path in range(config.num_paths))
-        # The gate's scores rank the paths; they do not weight the results.
-        self.gather = GatherRouter(weighted=False)
 
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        """[B, 3, H, W] -> [B, 3, s*H, s*W]."""
-        config = self.config
-        padded_BCHW = at_least(x_BCHW, config.size)
-        cells_NCHW, grid = annotate_patches(padded_BCHW, config.size, config.stride)
-        residual_NCHW = self.residual(centred(cells_NCHW), grid.cells)
-        out_BCHW = enlarge(padded_BCHW, config.scale) + grid.restore(
-            residual_NCHW, scale=config.scale
-        )
-        height, width = config.scale * x_BCHW.shape[2], config.scale * x_BCHW.shape[3]
-        return out_BCHW[:, :, :height, :width]
+    @property
+    def paths(self) -> Sequence[nn.Module]:
+        """The branches, cheapest first."""
+        return list(self.branches)
 
-    def residual(self, cells_NCHW: Tensor, cells: Cells | None = None) -> Tensor:
+    def scores(self, cells_NCHW: Tensor) -> Tensor:
+        """Centred patches [N, 3, H, W] -> [N, P]."""
+        return self.gate(cells_NCHW)
+
+    def cut(self, x_BCHW: Tensor) -> tuple[Tensor, PatchGrid]:
+        """Centred patches [N, 3, H, W], and how to put them back."""
+        cells_NCHW, grid = super().cut(x_BCHW)
+        return centred(cells_NCHW), grid
+
+    def residual(self, cells_NCHW: Tensor) -> Tensor:
         """Centred patches [N, 3, H, W] -> what bicubic lacks [N, 3, s*H, s*W], each by its path."""
-        paths, route = self.scatter(cells_NCHW, self.gate(cells_NCHW), cells)
-        return self.gather(each(self.branches, paths), route)
+        return self.routed(cells_NCHW)
+
+    def join(self, rows_NCHW: Tensor, grid: PatchGrid, x_BCHW: Tensor) -> Tensor:
+        """What branches gave, added to the photos enlarged by bicubic."""
+        return enlarge(x_BCHW, self.scale) + super().join(rows_NCHW, grid, x_BCHW)
 
 
 def centred(cells_NCHW: Tensor) -> Tensor:
@@ -149,33 +144,6 @@ def centred(cells_NCHW: Tensor) -> Tensor:
     return cells_NCHW - cells_NCHW.mean((2, 3), keepdim=True)
 
 
-@torch.fx.wrap  # its checks read shapes, which a symbolic trace does not have
-def at_least(x_BCHW: Tensor, size: int) -> Tensor:
-    """Photos continued to the right and below to ``size`` where smaller; checks what they are."""
-    if x_BCHW.ndim != 4 or x_BCHW.shape[1] != 3 or 0 in x_BCHW.shape[2:]:
-        raise BrtError(
-            f"PatchSR: photos must be [B, 3, H, W] (red, green, blue), got {list(x_BCHW.shape)}; "
-            "brt_models.picture_files.read makes three channels of any picture"
-        )
-    if not x_BCHW.is_floating_point():
-        raise BrtError(f"PatchSR: photos must be floats from 0 to 1, got {x_BCHW.dtype}")
-    below, right = (max(0, size - extent) for extent in x_BCHW.shape[2:])
-    if not below and not right:
-        return x_BCHW
-    return F.pad(x_BCHW, (0, right, 0, below), mode="replicate")
-
-
-def livesr(channels: int = 8, num_paths: int = 10, num_blocks: int = 80) -> PatchSR:
-    """The network of `PatchSRConfig.livesr`, with random weights, in eval mode."""
-    return PatchSR(PatchSRConfig.livesr(channels, num_paths, num_blocks)).eval()
-
-
 def sample(seed: int = 0) -> tuple[Tensor]:
-    """A made-up photo [1, 3, 96, 128]: smooth on the left, more and more detailed to the right."""
-    generator = torch.Generator().manual_seed(seed)
-    parts: list[Tensor] = []
-    for extent in (4, 16, 48, 96):
-        noise_BCHW = torch.rand(1, 3, extent, extent, generator=generator)
-        grown_BCHW = F.interpolate(noise_BCHW, size=(96, 128), mode="bicubic")
-        parts.append(grown_BCHW[..., 32 * len(parts) : 32 * len(parts) + 32])
-    return (torch.cat(parts, 3).clamp(0, 1),)
+    """A made-up photo [1, 3, 96, 128]."""
+    return photo(seed)
