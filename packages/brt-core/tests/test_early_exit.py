@@ -131,3 +131,43 @@ def test_default_protocol_and_others() -> None:
 def test_bad_options(stages: int, heads: int, protocol: object, message: str) -> None:
     with pytest.raises(brt.RouteError, match=message):
         EarlyExit([nn.Identity()] * stages, [nn.Identity()] * heads, protocol)
+
+
+class Around(nn.Module):
+    def __init__(self, exits: EarlyExit) -> None:
+        super().__init__()
+        self.exits = exits
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.exits(x).relu()
+
+
+def test_a_trace_shows_stages_heads_and_routers() -> None:
+    model = Around(make(3)).eval()
+    graph = brt.trace(model)
+    called = {str(node.target) for node in graph.graph.nodes if node.op == "call_module"}
+    assert {"exits.stages.1.0", "exits.heads.2", "exits.scatters.1", "exits.gather"} <= called
+    x = torch.randn(20, 6)
+    close(graph(x), model(x))
+    fast = brt.optimize(model, brt.profile(model, [x]), sample=x)
+    assert [region.path for region in fast.report.regions] == [""]
+    for other in (x, -x, x[:1], x[:0]):
+        close(fast(other), model(other))
+
+
+def test_exits_stay_closed_where_nobody_knows_what_a_stage_gives() -> None:
+    class Stage(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 2 if x.ndim == 2 else x
+
+    stages = [Stage(), Stage()]
+    model = Around(EarlyExit(stages, [nn.Linear(6, 3), nn.Linear(6, 3)], BinaryThreshold(0.45)))
+    graph = brt.trace(model.eval())
+    called = {str(node.target) for node in graph.graph.nodes if node.op == "call_module"}
+    assert called == {"exits"}
+    x = torch.randn(8, 6)
+    close(graph(x), model(x))
+    fast = brt.optimize(model, brt.profile(model, [x]), sample=x)
+    (left,) = (region for region in fast.report.regions if region.path == "exits")
+    assert left.reason is not None
+    assert "how many tensors" in left.reason

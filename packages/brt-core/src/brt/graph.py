@@ -1,7 +1,8 @@
 """Tracing: a module becomes a graph whose nodes are routers, layers and functions.
 
 Routers, layers of ``torch.nn`` and public functions of brt are single nodes; the author's own
-modules are opened. Graphs refer to the model's own submodules and parameters, never to copies.
+modules are opened, and so is an early exit, into stages, heads and routers. Graphs refer to the
+model's own submodules and parameters, never to copies.
 """
 
 from __future__ import annotations
@@ -103,8 +104,9 @@ def netlet(loop: LoopRouter, sample: Any = None) -> fx.GraphModule:
 def regions(model: nn.Module, samples: Mapping[str, Any] | None = None) -> list[Region]:
     """The largest submodules with routers that can be traced, and what cannot be with its reason.
 
-    What routers keep inside (the netlet of a loop, the stages of an early exit) is not part of the
-    graph that calls them: where it has routers of its own, it follows as further regions.
+    What routers keep inside (the netlet of a loop, the stages of an early exit that had to stay
+    closed) is not part of the graph that calls them: where it has routers of its own, it follows as
+    further regions.
     ``samples`` names a batch for any of the paths (see `trace`).
     """
     return list(_collect(model, "", samples or {}, set()))
@@ -178,10 +180,11 @@ def _collect(
         else:
             opaque = {_join(path, at): why for at, why in graph.meta[OPAQUE].items()}
             yield Region(path, graph, None, opaque)
+            closed = {str(n.target) for n in graph.graph.nodes if n.op == "call_module"}
             inside = {
                 _join(at, name): child
                 for at, router in module.named_modules()
-                if isinstance(router, Router)
+                if isinstance(router, Router) and at in closed
                 for name, child in router.named_children()
             }
     for at, child in inside.items():

@@ -97,6 +97,70 @@ class Guarded(nn.Module):
         return f"{self.guard.name}: {self.guard.assumes}"
 
 
+class Branch:
+    """The code of a branch, and what it gives where there are no rows for it.
+
+    Attributes:
+        nodes: names of its nodes.
+        calls: the modules that it calls.
+    """
+
+    def __init__(self, branch: fx.Graph) -> None:
+        self.nodes = tuple(n.name for n in branch.nodes if n.op not in ("placeholder", "output"))
+        self.calls = frozenset(str(n.target) for n in branch.nodes if n.op == "call_module")
+        self.run = compiled(branch)
+        """``run(scope, rows, *others)``"""
+        self._recipes: dict[Any, _Recipe | None] = {}
+
+    def nothing(self, scope: nn.Module, *inputs: Any) -> Any:
+        """Empty tensors, whose shapes it learns by running the branch once without rows."""
+        leaves = inputs if all(type(x) is Tensor for x in inputs) else _leaves(inputs)
+        key = _signature(leaves)
+        recipe = None if key is None else self._recipes.get(key)
+        if recipe is not None:
+            return recipe.make(leaves)
+        out = self.run(scope, *inputs)
+        if key is not None and key not in self._recipes:
+            if len(self._recipes) >= _MOST_RECIPES:
+                self._recipes.clear()
+            self._recipes[key] = _Recipe.of(out, leaves)
+        return out
+
+    def forget(self) -> None:
+        """Learn shapes and dtypes anew."""
+        self._recipes.clear()
+
+    def __str__(self) -> str:
+        return f"{len(self.nodes)} nodes: {', '.join(self.nodes)}"
+
+
+class Skip(nn.Module):
+    """A branch that does nothing while there are no rows for it.
+
+    As `Spill`, where nothing is expected: it counts nothing, and holds for any input.
+    """
+
+    def __init__(self, scope: nn.Module, branch: fx.Graph) -> None:
+        super().__init__()
+        self._scope = (scope,)
+        self._branch = Branch(branch)
+        self.calls = self._branch.calls
+
+    def forward(self, rows: Any, *others: Any) -> Any:
+        """The result of the branch."""
+        is_needed = torch.compiler.is_compiling() or torch.is_grad_enabled() or _num_rows(rows)
+        run = self._branch.run if is_needed else self._branch.nothing
+        return run(self._scope[0], rows, *others)
+
+    def forget(self) -> None:
+        """Learn shapes and dtypes anew."""
+        self._branch.forget()
+
+    def extra_repr(self) -> str:
+        """The work that is skipped."""
+        return str(self._branch)
+
+
 class Spill(Guarded):
     """A branch that is expected to get no rows, and then does nothing.
 
@@ -108,42 +172,32 @@ class Spill(Guarded):
 
     def __init__(self, guard: Guard, scope: nn.Module, branch: fx.Graph) -> None:
         super().__init__(guard, scope)
-        self.nodes = tuple(n.name for n in branch.nodes if n.op not in ("placeholder", "output"))
-        self.calls = frozenset(str(n.target) for n in branch.nodes if n.op == "call_module")
-        self._run = compiled(branch)
-        self._recipes: dict[Any, _Recipe | None] = {}
+        self._branch = Branch(branch)
+        self.nodes, self.calls = self._branch.nodes, self._branch.calls
 
     def forward(self, rows: Any, *others: Any) -> Any:
         """The result of the branch."""
         if torch.compiler.is_compiling():
-            return self._run(self.scope, rows, *others)
-        first = rows[0] if isinstance(rows, tuple) else rows
-        expected = first.shape[0] == 0
+            return self._branch.run(self.scope, rows, *others)
+        expected = _num_rows(rows) == 0
         self.guard.count(expected)
-        if not expected or torch.is_grad_enabled():
-            return self._run(self.scope, rows, *others)
-        return self._nothing(rows, *others)
-
-    def _nothing(self, *inputs: Any) -> Any:
-        leaves = inputs if all(type(x) is Tensor for x in inputs) else _leaves(inputs)
-        key = _signature(leaves)
-        recipe = None if key is None else self._recipes.get(key)
-        if recipe is not None:
-            return recipe.make(leaves)
-        out = self._run(self.scope, *inputs)
-        if key is not None and key not in self._recipes:
-            if len(self._recipes) >= _MOST_RECIPES:
-                self._recipes.clear()
-            self._recipes[key] = _Recipe.of(out, leaves)
-        return out
+        run = self._branch.nothing if expected and not torch.is_grad_enabled() else self._branch.run
+        return run(self.scope, rows, *others)
 
     def forget(self) -> None:
         """Learn shapes and dtypes anew."""
-        self._recipes.clear()
+        self._branch.forget()
 
     def extra_repr(self) -> str:
         """The assumption and the work that is skipped."""
-        return f"{super().extra_repr()}; {len(self.nodes)} nodes: {', '.join(self.nodes)}"
+        return f"{super().extra_repr()}; {self._branch}"
+
+
+def _num_rows(rows: Any) -> int:
+    """Of a tensor, or of the first flow that is there."""
+    if isinstance(rows, tuple):
+        rows = next(flow for flow in rows if flow is not None)
+    return int(rows.shape[0])
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from brt.errors import PassError
-from brt.guard import Count, Guard, Guarded
+from brt.guard import Count, Guard, Guarded, Skip
 from brt.report.data import Report
 
 if TYPE_CHECKING:
@@ -264,7 +264,7 @@ class Optimized(NotPickled, nn.Module):
                 setattr(module, name, kept)
         for module in self.inserted.values():
             module._apply(fn, recurse)
-            if isinstance(module, Guarded):
+            if isinstance(module, (Guarded, Skip)):
                 module.forget()
         return self
 

@@ -18,7 +18,7 @@ from brt import losses, ops
 from brt.cells import annotate, annotate_patches
 from brt.errors import TraceError
 from brt.grouped import each
-from brt.routers import GatherRouter, LoopRouter, Router, ScatterRouter
+from brt.routers import EarlyExit, GatherRouter, LoopRouter, Router, ScatterRouter
 
 _WRAPPED: list[Callable[..., Any]] = [
     *(f for name in ops.OPERATORS if inspect.isfunction(f := getattr(ops, name, None))),
@@ -46,6 +46,15 @@ _CHANGES_MODE = (
     "no_grad, inference_mode or autocast begins inside it, which a graph does not keep; move that "
     "part into a module of its own without routers, which then stays one node"
 )
+_HOW_MANY = (
+    "nobody can tell how many tensors this stage of an early exit gives; let it end in a layer of "
+    "torch.nn or return a tuple"
+)
+# What gives several tensors: as a stage's result these are as many flows
+_SEVERAL = (
+    "chunk", "split", "tensor_split", "unbind", "topk", "sort", "max", "min", "median",
+    "var_mean", "std_mean", "meshgrid", "broadcast_tensors", "aminmax", "frexp", "split_with_sizes",
+)  # fmt: skip
 
 
 def as_call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -89,11 +98,15 @@ class Tracer(fx.Tracer):
         with torch.enable_grad():
             self._modes = _modes()
         self._parameters: dict[str, fx.Proxy] = {}
+        self._stages: set[int] = set()
         self._lengths: dict[str, list[str] | int] = {}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Routers, and layers of torch that hold none."""
+        """Routers but early exits, and layers of torch that hold none."""
         if isinstance(m, Router):
+            if type(m) is EarlyExit:
+                self._stages.update(id(stage) for stage in m.stages)
+                return False
             return True
         return super().is_leaf_module(m, module_qualified_name) and not has_routers(m)
 
@@ -108,22 +121,40 @@ class Tracer(fx.Tracer):
         path = self.path_of_module(m)
         if self.is_leaf_module(m, path):
             out = super().call_module(m, forward, args, kwargs)
-            return _unpacked(self, m, out, args, kwargs)
+            return self._stage_of_exit(m, _unpacked(self, m, out, args, kwargs))
         start = next(iter(reversed(self.graph.nodes)), None)
         stack = dict(self.module_stack)
         try:
             with self.watched(m, path):
-                return super().call_module(m, forward, args, kwargs)
+                return self._stage_of_exit(m, super().call_module(m, forward, args, kwargs))
         except Exception as error:
             if self.failed_at is None:
                 self.failed_at = path
-            if has_routers(m):
+            if has_routers(m) and not isinstance(m, EarlyExit):
                 raise
-            # Nothing in it concerns routing: it can stay closed
+            # Nothing in it concerns routing, or one node can do it all: it can stay closed
             self.opaque[path] = describe(self, error)
             self.failed_at = None
             self._forget_after(start, stack)
-            return self.create_proxy("call_module", path, args, kwargs)
+            return self._stage_of_exit(m, self.create_proxy("call_module", path, args, kwargs))
+
+    def _stage_of_exit(self, m: nn.Module, out: Any) -> Any:
+        """What a module gave; raises where an early exit cannot tell how many flows that is."""
+        if id(m) in self._stages and isinstance(out, fx.Proxy) and not self._is_tensor(out.node):
+            raise TraceError(_HOW_MANY)
+        return out
+
+    def _is_tensor(self, node: fx.Node) -> bool:
+        """Whether a node is known to give one tensor."""
+        if node.op != "call_module":
+            name = str(getattr(node.target, "__name__", node.target))
+            return node.op in ("call_function", "call_method") and name not in _SEVERAL
+        assert isinstance(self.root, nn.Module)
+        module: Any = self.root.get_submodule(str(node.target))
+        while isinstance(module, nn.Sequential) and len(module):
+            module = module[-1]
+        known = type(module).__module__.startswith("torch.nn.modules.")
+        return known and not isinstance(module, (nn.RNNBase, nn.MultiheadAttention, nn.Sequential))
 
     def _forget_after(self, start: fx.Node | None, stack: dict[str, Any]) -> None:
         self.module_stack.clear()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import operator
+from dataclasses import dataclass
 
 from torch import fx, nn
 
@@ -17,8 +18,15 @@ _REDUCTIONS = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True, eq=False)
+class Union:
+    """A gather whose result is a union of rows, which may be empty as those of a path."""
+
+    node: fx.Node
+
+
 class Branch:
-    """The nodes that work on the rows of one path, and on no others.
+    """The nodes that work on the rows of one path (or of a union, path 0), and on no others.
 
     A node is ``inside`` if what it takes comes from the path's rows or from before the scatter, and
     without rows its result is empty, as far as the sample (``nothing``) or its name tells; what is
@@ -28,7 +36,7 @@ class Branch:
     def __init__(
         self,
         scope: nn.Module,
-        scatter: Scatter,
+        scatter: Scatter | Union,
         path: int,
         start: fx.Node,
         chain_of: dict[fx.Node, Chain],

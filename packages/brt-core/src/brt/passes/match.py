@@ -17,7 +17,10 @@ from torch.nn.modules.dropout import _DropoutNd
 from brt.routers import GatherRouter, Router, ScatterRouter
 
 Chain = tuple[tuple[fx.Node, int], ...]
-"""(scatter, path) pairs, outermost first: on whose rows a node works; () = on all cells."""
+"""Pairs, outermost first: on whose rows a node works; () = on all cells.
+
+(scatter, path), or (gather, 0) for the rows of a union.
+"""
 
 _RANDOM = (
     "rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "bernoulli",
@@ -136,8 +139,11 @@ def chains(graph: fx.Graph, scope: nn.Module) -> dict[fx.Node, Chain]:
             chain_of[node] = (*chain_of[found.node], (found.node, path))
         elif isinstance(router := router_of(node, scope), GatherRouter):
             where = argument(node, 1, "where")
-            to_root = router.result == "all" and isinstance(where, (list, tuple))
-            chain_of[node] = () if to_root else common(taken)
+            if router.result == "union":
+                # Its rows are a set of their own, which may be empty as those of a path
+                chain_of[node] = (*common(taken), (node, 0))
+            else:
+                chain_of[node] = () if isinstance(where, (list, tuple)) else common(taken)
         else:
             longest = max(taken, key=len, default=())
             nested = all(longest[: len(chain)] == chain for chain in taken)

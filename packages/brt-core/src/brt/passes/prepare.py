@@ -61,7 +61,7 @@ def regions_of(
         for r in found
         if r.graph is None
     ]
-    left += _closed_routers(copy)
+    left += _closed_routers(copy, found)
     traced = {r.path: r for r in found if r.graph is not None}
     calls: Mapping[str, list[Call]] = {}
     if sample is not None:
@@ -90,15 +90,31 @@ def _calls(
     return calls
 
 
-def _closed_routers(copy: nn.Module) -> list[RegionReport]:
-    why = "its exits are inside one router, which a graph shows as one node"
+def _closed_routers(copy: nn.Module, found: list[Region]) -> list[RegionReport]:
+    """Routers with routers inside that no graph shows."""
+    opened = {path for region in found for path in _inside_graph(region)}
     return [
-        RegionReport(path, type(module).__name__, why, None, None)
+        RegionReport(path, type(module).__name__, _why_closed(path, found), None, None)
         for path, module in copy.named_modules()
         if isinstance(module, Router)
         and not isinstance(module, LoopRouter)
         and any(isinstance(inner, Router) for inner in module.modules() if inner is not module)
+        and path not in opened
     ]
+
+
+def _inside_graph(region: Region) -> set[str]:
+    """The paths of the modules whose code is in a region's graph."""
+    if region.graph is None:
+        return set()
+    called = [n.target for n in region.graph.graph.nodes if n.op == "call_module"]
+    targets = [f"{region.path}.{t}" if region.path else str(t) for t in called]
+    return {t[:i] for t in targets for i, char in enumerate(t) if char == "."}
+
+
+def _why_closed(path: str, found: list[Region]) -> str:
+    reasons = [region.opaque[path] for region in found if path in region.opaque]
+    return reasons[0] if reasons else "its exits are inside one router, which no graph shows"
 
 
 def _batch(module: nn.Module, call: Call) -> Any:

@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from brt import plugins
 from brt.errors import PassError, PluginWarning
-from brt.guard import Spill, compiled
+from brt.guard import Skip, Spill, compiled
 from brt.passes.base import Call, Candidate, Context, Left, Pass, Record, require_stateless
 from brt.passes.capture import CapturedRegion
 from brt.passes.match import writes
@@ -285,7 +285,7 @@ def _clean(work: Work) -> None:
     todo = list(called)
     while todo:
         module = work.inserted().get(todo.pop())
-        if isinstance(module, (Spill, CapturedRegion)):
+        if isinstance(module, (Skip, Spill, CapturedRegion)):
             # What an earlier pass inserted may run inside what this one moved
             todo += module.calls - called
             called |= module.calls

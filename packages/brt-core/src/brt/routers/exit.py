@@ -62,31 +62,42 @@ class EarlyExit(Router):
 
     def forward(self, x: Tensor | tuple[Tensor, ...]) -> Tensor:
         """Rows -> logits of the exit that each cell took."""
-        return self.with_exits(x)[0]
+        if len(self.stages) == 1:
+            return self._stage(0, x)[1]
+        left, where = self._exits(x)
+        return self.gather(left, where)
 
     def with_exits(self, x: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, tuple[Cells, ...]]:
         """(logits, cells that left at each exit): `forward`, and who left where."""
-        first = x if isinstance(x, Tensor) else x[0]
-        cells = Cells.of(first.shape[0])
+        if len(self.stages) == 1:
+            logits = self._stage(0, x)[1]
+            cells = Cells.of(logits.shape[0])
+            return logits, (Cells(cells.root, cells.index_R(logits.device)),)
+        left, where = self._exits(x)
+        return self.gather(left, where), tuple(where)
+
+    def _exits(self, x: Tensor | tuple[Tensor, ...]) -> tuple[list[Tensor], list[Cells]]:
+        """Logits of those that left at each exit, and which cells these are; it can be traced."""
+        cells: Cells | None = None
         left: list[Tensor] = []
         where: list[Cells] = []
-        for i, (stage, head) in enumerate(zip(self.stages, self.heads, strict=True)):
-            x = _call(stage, x)
-            logits = _call(head, x)
-            if i == len(self.stages) - 1:
-                left.append(logits)
-                where.append(cells)
-                break
-            flows = (x,) if isinstance(x, Tensor) else tuple(x)
-            paths, route = self.scatters[i]((*flows, logits), logits, cells)
+        for i, scatter in enumerate(self.scatters):
+            x, logits = self._stage(i, x)
+            flows = tuple(x) if isinstance(x, (tuple, list)) else (x,)
+            paths, route = scatter((*flows, logits), logits, cells)
             left.append(paths[0][-1])
             where.append(route[0])
-            x = paths[1][0] if isinstance(x, Tensor) else paths[1][:-1]
-            cells = Cells(route[1].root, route[1].cell_R)
-        device = left[0].device
-        listed = [Cells(c.root, c.index_R(device), c.weight_R) for c in where]
-        return self.gather(left, listed), tuple(listed)
+            x = paths[1][:-1] if isinstance(x, (tuple, list)) else paths[1][0]
+            cells = route[1]
+        left.append(self._stage(len(self.scatters), x)[1])
+        assert cells is not None
+        return left, [*where, cells]
+
+    def _stage(self, exit_idx: int, x: Any) -> tuple[Any, Tensor]:
+        """(what stage i makes of its rows, the logits of its head)."""
+        x = _call(self.stages[exit_idx], x)
+        return x, _call(self.heads[exit_idx], x)
 
 
-def _call(module: Callable[..., Any], x: Tensor | tuple[Tensor, ...]) -> Any:
-    return module(x) if isinstance(x, Tensor) else module(*x)
+def _call(module: Callable[..., Any], x: Any) -> Any:
+    return module(*x) if isinstance(x, (tuple, list)) else module(x)
