@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from brt import losses, ops, protocols, reference
+from brt import losses, memory, ops, protocols, reference
 from brt.adapt import Adapted, adapt
 from brt.cellflow import cellflow
 from brt.cells import Cells, Grid, PatchGrid, Root, annotate, annotate_patches
@@ -96,6 +96,7 @@ __all__ = [
     "hookimpl",
     "load",
     "losses",
+    "memory",
     "netlet",
     "ops",
     "optimize",

@@ -1,6 +1,7 @@
 """Passes: rewrites of traced graphs, driven by a profile and kept right by guards."""
 
 from brt.passes.base import Call, Context, Left, Lowering, Pass, Record
+from brt.passes.batch_exits import BatchExits
 from brt.passes.capture import Capture
 from brt.passes.drop_dead_paths import DropDeadPaths
 from brt.passes.fold_permanent_paths import FoldPermanentPaths
@@ -8,14 +9,17 @@ from brt.passes.fuse_conv_chains import FuseConvChains
 from brt.passes.fuse_horizontal import FuseHorizontal
 from brt.passes.fuse_vertical import FuseVertical
 from brt.passes.match import Scatter, scatters
+from brt.passes.preload_weights import PreloadWeights
 
 BUILTIN: tuple[type[Pass], ...] = (
+    BatchExits,
     Capture,
     DropDeadPaths,
     FoldPermanentPaths,
     FuseConvChains,
     FuseHorizontal,
     FuseVertical,
+    PreloadWeights,
 )
 """What brt-core offers through the hook `brt_passes`."""
 
@@ -23,6 +27,7 @@ DEFAULT: tuple[str, ...] = (
     "fuse-conv-chains",
     "fuse-horizontal",
     "fuse-vertical",
+    "batch-exits",
     "drop-dead-paths",
     "fold-permanent-paths",
 )
@@ -31,6 +36,7 @@ DEFAULT: tuple[str, ...] = (
 __all__ = [
     "BUILTIN",
     "DEFAULT",
+    "BatchExits",
     "Call",
     "Capture",
     "Context",
@@ -42,6 +48,7 @@ __all__ = [
     "Left",
     "Lowering",
     "Pass",
+    "PreloadWeights",
     "Record",
     "Scatter",
     "scatters",
