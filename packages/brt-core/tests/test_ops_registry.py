@@ -5,11 +5,14 @@ from __future__ import annotations
 import threading
 import timeit
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from core_cases import SMALL
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import brt
 from brt import KernelSpec, hookimpl, ops, plugins, reference
@@ -237,3 +240,40 @@ def test_the_choice_costs_at_most_10_us(call: tuple) -> None:
         ops.remember("dispatch", args, "acme-slow")
         assert cost() <= 10e-6
         ops.forget()
+
+
+class Seen(TorchDispatchMode):
+    """Notes the operators that pass the dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_plain_calls_go_straight_to_their_kernel(call: tuple) -> None:
+    """Nobody watches, so nobody must be told: the overload is not called."""
+    operator = ops.OPERATORS["dispatch"]
+    overload, operator.overload = operator.overload, None
+    try:
+        straight = ops.dispatch(*call)
+    finally:
+        operator.overload = overload
+    torch.testing.assert_close(straight, torch.ops.brt.dispatch(*call, None))
+
+
+def test_who_watches_sees_the_operator(call: tuple) -> None:
+    with Seen() as seen:
+        ops.dispatch(*call)
+    assert "brt.dispatch.default" in seen.names
+    with torch.profiler.profile() as profiled:
+        ops.dispatch(*call)
+    assert "brt::dispatch" in {event.key for event in profiled.key_averages()}
+    x_ND = call[0].clone().requires_grad_()
+    ops.dispatch(x_ND, *call[1:]).sum().backward()
+    assert x_ND.grad is not None
+    with FakeTensorMode() as mode:
+        assert isinstance(ops.dispatch(*map(mode.from_tensor, call)), FakeTensor)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from brt.errors import RouteError
 from brt.ops.dispatch import check_devices, check_rows, same_size
-from brt.ops.registry import Operator
+from brt.ops.registry import Operator, call
 
 _COMBINE = Operator(
     "combine", "(Tensor rows_RS, Tensor row_NK, Tensor cell_R, Tensor? weight_R) -> Tensor"
@@ -29,7 +29,7 @@ def combine(
     """
     _check(rows_RS, row_NK, cell_R, weight_R)
     check_devices("combine", rows_RS, row_NK, cell_R, weight_R)
-    return torch.ops.brt.combine(rows_RS, row_NK, cell_R, weight_R)
+    return _COMBINE(rows_RS, row_NK, cell_R, weight_R)
 
 
 def _check(rows_RS: Tensor, row_NK: Tensor, cell_R: Tensor, weight_R: Tensor | None) -> None:
@@ -57,9 +57,9 @@ def _backward(ctx: Any, grad_NS: Tensor) -> tuple[Tensor | None, ...]:
     rows_RS, row_NK, cell_R, weight_R = ctx.saved_tensors
     grad_rows = grad_weight = None
     if ctx.needs_input_grad[0]:
-        grad_rows = torch.ops.brt.dispatch(grad_NS, cell_R, row_NK, weight_R)
+        grad_rows = call("dispatch", grad_NS, cell_R, row_NK, weight_R)
     if ctx.needs_input_grad[3]:
-        grad_weight = torch.ops.brt.row_dot(rows_RS, grad_NS, cell_R, row_NK).to(weight_R.dtype)
+        grad_weight = call("row_dot", rows_RS, grad_NS, cell_R, row_NK).to(weight_R.dtype)
     return grad_rows, None, None, grad_weight
 
 

@@ -20,7 +20,7 @@ def compact(keep_N: Tensor) -> tuple[Tensor, Tensor]:
     Both int64 and on the device: nothing waits.
     """
     _check(keep_N)
-    return torch.ops.brt.compact(keep_N)
+    return _COMPACT(keep_N)
 
 
 def _check(keep_N: Tensor) -> None:

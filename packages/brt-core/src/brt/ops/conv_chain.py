@@ -40,7 +40,7 @@ def conv_chain(
     program = branches if isinstance(branches, ConvProgram) else ConvProgram.of(branches)
     args = (x_RCHW, offsets_P1, list(params), *program.arguments())
     if _is_watched(x_RCHW, params):
-        return torch.ops.brt.conv_chain(*args)
+        return _CONV_CHAIN(*args)
     # The dispatcher would copy the lists, of tens of thousands of numbers, at every call
     return _CONV_CHAIN.run(*args)
 
@@ -89,7 +89,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x_RCHW, offsets_P1, *params = ctx.saved_tensors
-    grads = torch.ops.brt.conv_chain_backward(
+    grads = _CONV_CHAIN_BACKWARD(
         grad, x_RCHW, offsets_P1, params, ctx.steps, ctx.step_offsets_P1, ctx.scales
     )
     return grads[0], None, grads[1:], None, None, None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from brt.errors import RouteError
-from brt.ops.registry import Operator
+from brt.ops.registry import Operator, call
 
 _DISPATCH = Operator(
     "dispatch", "(Tensor x_NS, Tensor cell_R, Tensor row_NK, Tensor? weight_R) -> Tensor"
@@ -28,7 +28,7 @@ def dispatch(
     """
     _check(x_NS, cell_R, row_NK, weight_R)
     check_devices("dispatch", x_NS, cell_R, row_NK, weight_R)
-    return torch.ops.brt.dispatch(x_NS, cell_R, row_NK, weight_R)
+    return _DISPATCH(x_NS, cell_R, row_NK, weight_R)
 
 
 def _check(x_NS: Tensor, cell_R: Tensor, row_NK: Tensor, weight_R: Tensor | None) -> None:
@@ -89,9 +89,9 @@ def _backward(ctx: Any, grad_RS: Tensor) -> tuple[Tensor | None, ...]:
     x_NS, cell_R, row_NK, weight_R = ctx.saved_tensors
     grad_x = grad_weight = None
     if ctx.needs_input_grad[0]:
-        grad_x = torch.ops.brt.combine(grad_RS, row_NK, cell_R, weight_R)
+        grad_x = call("combine", grad_RS, row_NK, cell_R, weight_R)
     if ctx.needs_input_grad[3]:
-        grad_weight = torch.ops.brt.row_dot(grad_RS, x_NS, cell_R, row_NK).to(weight_R.dtype)
+        grad_weight = call("row_dot", grad_RS, x_NS, cell_R, row_NK).to(weight_R.dtype)
     return grad_x, None, None, grad_weight
 
 

@@ -53,7 +53,7 @@ def expert_mlp(
         if suits((*args, activation)):
             return ExpertMLPFunction.apply(expert_mlp_parts, *args, activation)
         return expert_mlp_parts(*args, activation)
-    return torch.ops.brt.expert_mlp(*args, activation)
+    return _EXPERT_MLP(*args, activation)
 
 
 def expert_mlp_parts(

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from brt.ops.grouped_linear import activate, activation_backward
+from brt.ops.registry import call
 
 
 class ExpertMLPFunction(torch.autograd.Function):
@@ -25,17 +26,16 @@ class ExpertMLPFunction(torch.autograd.Function):
     def forward(ctx: Any, parts: Callable[..., Tensor], *args: Any) -> Tensor:
         """``parts`` computes the same by operators that autograd knows, for second derivatives."""
         x_ND, cell_R, row_NK, offsets_P1, weight_R, up, up_bias, down, down_bias, activation = args
-        brt = torch.ops.brt
-        rows_RD = brt.dispatch(x_ND, cell_R, row_NK, None)
+        rows_RD = call("dispatch", x_ND, cell_R, row_NK, None)
         # Of ReLU the result tells the derivative; of others what went in
         fused = activation if activation in ("relu", "none") else "none"
-        pre_RH = brt.grouped_linear(rows_RD, offsets_P1, up, up_bias, fused)
+        pre_RH = call("grouped_linear", rows_RD, offsets_P1, up, up_bias, fused)
         hidden_RH = _hidden(pre_RH, activation)
-        out_RD = brt.grouped_linear(hidden_RH, offsets_P1, down, down_bias, "none")
+        out_RD = call("grouped_linear", hidden_RH, offsets_P1, down, down_bias, "none")
         needs_weight = weight_R is not None and weight_R.requires_grad
         ctx.save_for_backward(*args[:-1], rows_RD, pre_RH, out_RD if needs_weight else None)
         ctx.parts, ctx.activation = parts, activation
-        return brt.combine(out_RD, row_NK, cell_R, weight_R)
+        return call("combine", out_RD, row_NK, cell_R, weight_R)
 
     @staticmethod
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
@@ -45,25 +45,24 @@ class ExpertMLPFunction(torch.autograd.Function):
         if torch.is_grad_enabled():  # these gradients are to be differentiated themselves
             return (None, *again(ctx.parts, inputs, ctx.activation, needs, grad_ND, twice=True))
         _, cell_R, row_NK, offsets_P1, weight_R, up, up_bias, down, down_bias = inputs
-        brt = torch.ops.brt
         grads: list[Tensor | None] = [None] * 11
         if needs[4]:
-            grads[5] = brt.row_dot(out_RD, grad_ND, cell_R, row_NK).to(weight_R.dtype)
-        grad_RD = brt.dispatch(grad_ND, cell_R, row_NK, weight_R)
+            grads[5] = call("row_dot", out_RD, grad_ND, cell_R, row_NK).to(weight_R.dtype)
+        grad_RD = call("dispatch", grad_ND, cell_R, row_NK, weight_R)
         if needs[7]:
             hidden_RH = _hidden(pre_RH, ctx.activation)
-            grads[8] = brt.grouped_outer(grad_RD, hidden_RH, offsets_P1)
+            grads[8] = call("grouped_outer", grad_RD, hidden_RH, offsets_P1)
         if down_bias is not None and needs[8]:
             grads[9] = _bias_grad(grad_RD, offsets_P1)
-        grad_RH = brt.grouped_linear(grad_RD, offsets_P1, down.transpose(1, 2), None, "none")
+        grad_RH = call("grouped_linear", grad_RD, offsets_P1, down.transpose(1, 2), None, "none")
         grad_RH = _hidden_backward(grad_RH, pre_RH, ctx.activation)
         if needs[5]:
-            grads[6] = brt.grouped_outer(grad_RH, rows_RD, offsets_P1)
+            grads[6] = call("grouped_outer", grad_RH, rows_RD, offsets_P1)
         if up_bias is not None and needs[6]:
             grads[7] = _bias_grad(grad_RH, offsets_P1)
         if needs[0]:
-            grad_RD = brt.grouped_linear(grad_RH, offsets_P1, up.transpose(1, 2), None, "none")
-            grads[1] = brt.combine(grad_RD, row_NK, cell_R, None)
+            grad_RD = call("grouped_linear", grad_RH, offsets_P1, up.transpose(1, 2), None, "none")
+            grads[1] = call("combine", grad_RD, row_NK, cell_R, None)
         return tuple(grads)
 
 
@@ -127,4 +126,4 @@ def _hidden_backward(grad_RH: Tensor, pre_RH: Tensor, activation: str) -> Tensor
 
 def _bias_grad(grad_RO: Tensor, offsets_P1: Tensor) -> Tensor:
     ones_R1 = grad_RO.new_ones((grad_RO.shape[0], 1))
-    return torch.ops.brt.grouped_outer(grad_RO, ones_R1, offsets_P1).squeeze(2)
+    return call("grouped_outer", grad_RO, ones_R1, offsets_P1).squeeze(2)

@@ -63,13 +63,13 @@ def grouped_conv2d(
     )
     if activation != "none" and needs_grad:
         # Kept apart, the activation saves its input; fused, the backward would compute it again
-        made_P = torch.ops.brt.grouped_conv2d(x_P, weight_P, extras, convs, "none")
+        made_P = _GROUPED_CONV2D(x_P, weight_P, extras, convs, "none")
         slopes = [extra_of(extras, conv.slope) for conv in path_convs]
         return [
             activate_image(made, activation, None if slope is None else slope.to(made.dtype))
             for made, slope in zip(made_P, slopes, strict=True)
         ]
-    return torch.ops.brt.grouped_conv2d(x_P, weight_P, extras, convs, activation)
+    return _GROUPED_CONV2D(x_P, weight_P, extras, convs, activation)
 
 
 def _placed(
@@ -222,7 +222,7 @@ def _backward(ctx: Any, grad_P: Sequence[Tensor]) -> tuple[Any, ...]:
 
     pre_P: list[Tensor] = []
     if ctx.activation != "none":
-        pre_P = torch.ops.brt.grouped_conv2d(x_P, weight_P, extras, ctx.convs, "none")
+        pre_P = _GROUPED_CONV2D(x_P, weight_P, extras, ctx.convs, "none")
     for p, conv in enumerate(unflatten_convs(ctx.convs)):
         grad = grad_P[p]
         if pre_P:

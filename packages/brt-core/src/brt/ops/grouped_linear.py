@@ -45,15 +45,15 @@ def grouped_linear(
         # Kept apart, the activation saves its input; fused, the backward would compute it again
         needs = (x_RI, weight_POI) if bias_PO is None else (x_RI, weight_POI, bias_PO)
         if any(t.requires_grad for t in needs):
-            out = torch.ops.brt.grouped_linear(x_RI, offsets_P1, weight_POI, bias_PO, "none")
+            out = _GROUPED_LINEAR(x_RI, offsets_P1, weight_POI, bias_PO, "none")
             return activate(out, activation)
-    return torch.ops.brt.grouped_linear(x_RI, offsets_P1, weight_POI, bias_PO, activation)
+    return _GROUPED_LINEAR(x_RI, offsets_P1, weight_POI, bias_PO, activation)
 
 
 def grouped_outer(y_RO: Tensor, x_RI: Tensor, offsets_P1: Tensor) -> Tensor:
     """``out[p] = y_p.T @ x_p`` over the rows of path p: the gradient of weights; ``[P, O, I]``."""
     _check_outer(y_RO, x_RI, offsets_P1)
-    return torch.ops.brt.grouped_outer(y_RO, x_RI, offsets_P1)
+    return _GROUPED_OUTER(y_RO, x_RI, offsets_P1)
 
 
 def _check_outer(y_RO: Tensor, x_RI: Tensor, offsets_P1: Tensor) -> None:
@@ -126,18 +126,16 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor | None, ...]:
     x_RI, offsets_P1, weight_POI, bias_PO = ctx.saved_tensors
     if ctx.activation != "none":
-        pre_RO = torch.ops.brt.grouped_linear(x_RI, offsets_P1, weight_POI, bias_PO, "none")
+        pre_RO = _GROUPED_LINEAR(x_RI, offsets_P1, weight_POI, bias_PO, "none")
         grad_RO = activation_backward(grad_RO, pre_RO, ctx.activation)
     grad_x = grad_weight = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = torch.ops.brt.grouped_linear(
-            grad_RO, offsets_P1, weight_POI.transpose(1, 2), None, "none"
-        )
+        grad_x = _GROUPED_LINEAR(grad_RO, offsets_P1, weight_POI.transpose(1, 2), None, "none")
     if ctx.needs_input_grad[2]:
-        grad_weight = torch.ops.brt.grouped_outer(grad_RO, x_RI, offsets_P1)
+        grad_weight = _GROUPED_OUTER(grad_RO, x_RI, offsets_P1)
     if bias_PO is not None and ctx.needs_input_grad[3]:
         ones_R1 = grad_RO.new_ones((grad_RO.shape[0], 1))
-        grad_bias = torch.ops.brt.grouped_outer(grad_RO, ones_R1, offsets_P1).squeeze(2)
+        grad_bias = _GROUPED_OUTER(grad_RO, ones_R1, offsets_P1).squeeze(2)
     return grad_x, None, grad_weight, grad_bias, None
 
 
@@ -163,11 +161,9 @@ def _backward_outer(ctx: Any, grad_POI: Tensor) -> tuple[Tensor | None, ...]:
     y_RO, x_RI, offsets_P1 = ctx.saved_tensors
     grad_y = grad_x = None
     if ctx.needs_input_grad[0]:
-        grad_y = torch.ops.brt.grouped_linear(x_RI, offsets_P1, grad_POI, None, "none")
+        grad_y = _GROUPED_LINEAR(x_RI, offsets_P1, grad_POI, None, "none")
     if ctx.needs_input_grad[1]:
-        grad_x = torch.ops.brt.grouped_linear(
-            y_RO, offsets_P1, grad_POI.transpose(1, 2), None, "none"
-        )
+        grad_x = _GROUPED_LINEAR(y_RO, offsets_P1, grad_POI.transpose(1, 2), None, "none")
     return grad_y, grad_x, None
 
 

@@ -34,9 +34,9 @@ def _estimate_outer(y_RO: Tensor, x_RI: Tensor, offsets_P1: Tensor) -> float:
 
 def _estimate_mlp(*args: Any) -> float:
     x_ND, cell_R, up_PHD, down_PDH = args[0], args[1], args[5], args[7]
-    size = up_PHD[0].numel() + down_PDH[0].numel() if up_PHD.shape[0] else 0
-    flops = 2 * cell_R.shape[0] * size
-    return 2 * up_PHD.shape[0] * _OVERHEAD_US + flops / _FLOPS_PER_US + _estimate_moving(x_ND)
+    (num_paths, num_up, num_in), (_, num_out, hidden) = up_PHD.shape, down_PDH.shape
+    flops = 2 * cell_R.shape[0] * (num_up * num_in + num_out * hidden)
+    return 2 * num_paths * _OVERHEAD_US + flops / _FLOPS_PER_US + _estimate_moving(x_ND)
 
 
 def _estimate_chain(

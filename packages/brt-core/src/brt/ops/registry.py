@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from brt import checks, plugins
 from brt.errors import KernelError
@@ -24,6 +24,9 @@ from brt.tuning import size_class
 LIBRARY = torch.library.Library("brt", "DEF")
 OPERATORS: dict[str, Operator] = {}
 
+# What a call may hold on its way around the dispatcher: no subclasses, proxies or symbols
+_TENSORS = (Tensor, nn.Parameter)
+_VALUES = (type(None), int, float, bool, str)
 # Lists of more are counted in messages, not shown
 _LONG = 4
 # Not a ContextVar: the backward of CUDA work runs on a thread of autograd's
@@ -100,6 +103,14 @@ class Operator:
                     "every device in brt-core: is BRT_PLUGINS hiding the built-ins?"
                 )
         return found
+
+    def __call__(self, *args: Any) -> Any:
+        """One call from Python: `overload`, or straight to the kernel where that is the same.
+
+        The way through the dispatcher and its autograd rule in Python takes 10 us, as long as a
+        small kernel; nothing on it acts on plain tensors that nobody differentiates or watches.
+        """
+        return self.run(*args) if _unwatched(args) else self.overload(*args)
 
     def run(self, *args: Any) -> Any:
         """The operator itself: choose a kernel for these arguments and run its forward."""
@@ -179,6 +190,11 @@ class Operator:
         return bound.args
 
 
+def call(name: str, *args: Any) -> Any:
+    """The operator of this name, from another operator's gradient."""
+    return OPERATORS[name](*args)
+
+
 @contextlib.contextmanager
 def use(name: str) -> Iterator[None]:
     """Run every operator on the kernel of this name inside the block, where it has one.
@@ -230,6 +246,33 @@ def signature(args: tuple[Any, ...]) -> tuple[Any, ...]:
         else a
         for a in args
     )
+
+
+def _unwatched(args: tuple[Any, ...]) -> bool:
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._is_torch_function_mode_enabled()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()
+    ):
+        return False
+    return _plain(args, torch.is_grad_enabled()) and not torch.is_autocast_enabled(_device_of(args))
+
+
+def _plain(args: Sequence[Any], with_grad: bool) -> bool:
+    for a in args:
+        kind = type(a)
+        if kind in _TENSORS:
+            if with_grad and a.requires_grad:
+                return False
+        elif kind is list or kind is tuple:  # of tensors, or of hundreds of numbers
+            if len(a) > 0 and type(a[0]) not in _VALUES and not _plain(a, with_grad):
+                return False
+        elif kind not in _VALUES:
+            return False
+    return True
 
 
 def _device_of(args: tuple[Any, ...]) -> str:

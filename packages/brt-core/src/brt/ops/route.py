@@ -40,7 +40,7 @@ def route(
     ``group_size`` consecutive cells (0: all are one group).
     """
     _check("route", choice_NK, num_paths, capacity, priority_N, group_size, multiple)
-    return torch.ops.brt.route(choice_NK, num_paths, capacity, priority_N, group_size, multiple)
+    return _ROUTE(choice_NK, num_paths, capacity, priority_N, group_size, multiple)
 
 
 def route_mask(
@@ -52,7 +52,7 @@ def route_mask(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`route` for a mask ``[N, P]`` (bool, or integers 0 and 1); K = P."""
     _check("route_mask", mask_NP, mask_NP.shape[-1], capacity, priority_N, group_size, multiple)
-    return torch.ops.brt.route_mask(mask_NP, capacity, priority_N, group_size, multiple)
+    return _ROUTE_MASK(mask_NP, capacity, priority_N, group_size, multiple)
 
 
 def _check(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from brt.errors import RouteError
 from brt.ops.dispatch import check_devices, check_rows, same_size
-from brt.ops.registry import Operator
+from brt.ops.registry import Operator, call
 
 _ROW_DOT = Operator(
     "row_dot", "(Tensor rows_RS, Tensor cells_NS, Tensor cell_R, Tensor row_NK) -> Tensor"
@@ -26,7 +26,7 @@ def row_dot(rows_RS: Tensor, cells_NS: Tensor, cell_R: Tensor, row_NK: Tensor) -
     """
     _check(rows_RS, cells_NS, cell_R, row_NK)
     check_devices("row_dot", rows_RS, cells_NS, cell_R, row_NK)
-    return torch.ops.brt.row_dot(rows_RS, cells_NS, cell_R, row_NK)
+    return _ROW_DOT(rows_RS, cells_NS, cell_R, row_NK)
 
 
 def _check(rows_RS: Tensor, cells_NS: Tensor, cell_R: Tensor, row_NK: Tensor) -> None:
@@ -58,9 +58,9 @@ def _backward(ctx: Any, grad_R: Tensor) -> tuple[Tensor | None, ...]:
     rows_RS, cells_NS, cell_R, row_NK = ctx.saved_tensors
     grad_rows = grad_cells = None
     if ctx.needs_input_grad[0]:
-        grad_rows = torch.ops.brt.dispatch(cells_NS, cell_R, row_NK, grad_R).to(rows_RS.dtype)
+        grad_rows = call("dispatch", cells_NS, cell_R, row_NK, grad_R).to(rows_RS.dtype)
     if ctx.needs_input_grad[1]:
-        grad_cells = torch.ops.brt.combine(rows_RS, row_NK, cell_R, grad_R).to(cells_NS.dtype)
+        grad_cells = call("combine", rows_RS, row_NK, cell_R, grad_R).to(cells_NS.dtype)
     return grad_rows, grad_cells, None, None
 
 
