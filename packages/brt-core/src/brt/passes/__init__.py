@@ -9,6 +9,7 @@ from brt.passes.fuse_conv_chains import FuseConvChains
 from brt.passes.fuse_horizontal import FuseHorizontal
 from brt.passes.fuse_vertical import FuseVertical
 from brt.passes.match import Scatter, scatters
+from brt.passes.pin_capacities import PinCapacities
 from brt.passes.preload_weights import PreloadWeights
 
 BUILTIN: tuple[type[Pass], ...] = (
@@ -19,6 +20,7 @@ BUILTIN: tuple[type[Pass], ...] = (
     FuseConvChains,
     FuseHorizontal,
     FuseVertical,
+    PinCapacities,
     PreloadWeights,
 )
 """What brt-core offers through the hook `brt_passes`."""
@@ -48,6 +50,7 @@ __all__ = [
     "Left",
     "Lowering",
     "Pass",
+    "PinCapacities",
     "PreloadWeights",
     "Record",
     "Scatter",

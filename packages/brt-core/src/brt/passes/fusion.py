@@ -100,29 +100,8 @@ class Fusion:
         A protocol that may route more than ``most_choices`` rows a cell is left alone: packed rows
         are allocated for all that it may route.
         """
-        router = scatter.router
-        if scatter.guarded or type(router) is not ScatterRouter or router.result != "paths":
-            raise NotFusableError("it is not a plain scatter to paths")
-        if router.protocol.max_rows(64, router.num_paths) > most_choices * 64:
-            raise NotFusableError(
-                "its protocol may send a cell along many paths, and packed rows are allocated for "
-                "all of them"
-            )
-        if not isinstance(argument(scatter.node, 0, "x"), fx.Node):
-            raise NotFusableError("several flows travel through it")
-        gather, results = _gather_of(ctx, scatter)
-        inside = set[fx.Node]()
-        for path, (entry, result) in enumerate(zip(scatter.path_P, results, strict=True)):
-            if entry is None:
-                raise NotFusableError(f"nothing reads the rows of path {path}")
-            try:
-                inside |= _read(graph, ctx, reader, entry, result, path)
-            except NotFusableError as error:
-                raise NotFusableError(f"branch {path}: {error}") from error
-        for node in {*filter(None, scatter.path_P), *inside}:
-            outside = set(node.users) - inside - {gather}
-            if outside:
-                raise NotFusableError(f"{node.name} is also read by {min(n.name for n in outside)}")
+        require_plain(scatter, most_choices)
+        gather, inside = branches_of(graph, ctx, scatter, reader)
         return cls(scatter, gather, inside, reader.module())
 
     def is_faster(self, graph: fx.GraphModule, ctx: Context) -> bool:
@@ -161,15 +140,7 @@ class Fusion:
 
     def apply(self, graph: fx.GraphModule, ctx: Context) -> None:
         """Put a packed scatter and the fused branches in place of the scatter and the branches."""
-        old, router = self.scatter.node, self.scatter.router
-        packed = ScatterRouter(
-            router.protocol,
-            router.num_paths,
-            weighted=router.weighted,
-            per_path=router.per_path,
-            inherit_weights=router.inherit_weights,
-            result="packed",
-        )
+        old, packed = self.scatter.node, pack(self.scatter.router)
         scatter_name = ctx.insert(graph, packed, "packed_scatter")
         fused_name = ctx.insert(graph, self.fused, self.fused.label)
         with graph.graph.inserting_after(old):
@@ -187,6 +158,52 @@ class Fusion:
         else:
             self.gather.kwargs = {**self.gather.kwargs, "rows": fused}
         ctx.note(f"{self.scatter.name}: {self.fused.describe()}")
+
+
+def require_plain(scatter: Scatter, most_choices: int) -> None:
+    """Raise `NotFusableError` unless a scatter's rows may as well be packed in one tensor."""
+    router = scatter.router
+    if scatter.guarded or type(router) is not ScatterRouter or router.result != "paths":
+        raise NotFusableError("it is not a plain scatter to paths")
+    if router.protocol.max_rows(64, router.num_paths) > most_choices * 64:
+        raise NotFusableError(
+            "its protocol may send a cell along many paths, and packed rows are allocated for "
+            "all of them"
+        )
+    if not isinstance(argument(scatter.node, 0, "x"), fx.Node):
+        raise NotFusableError("several flows travel through it")
+
+
+def branches_of(
+    graph: fx.GraphModule, ctx: Context, scatter: Scatter, reader: Reader
+) -> tuple[fx.Node, set[fx.Node]]:
+    """Read all branches of a scatter; the gather that takes them back, and their nodes."""
+    gather, results = _gather_of(ctx, scatter)
+    inside = set[fx.Node]()
+    for path, (entry, result) in enumerate(zip(scatter.path_P, results, strict=True)):
+        if entry is None:
+            raise NotFusableError(f"nothing reads the rows of path {path}")
+        try:
+            inside |= _read(graph, ctx, reader, entry, result, path)
+        except NotFusableError as error:
+            raise NotFusableError(f"branch {path}: {error}") from error
+    for node in {*filter(None, scatter.path_P), *inside}:
+        outside = set(node.users) - inside - {gather}
+        if outside:
+            raise NotFusableError(f"{node.name} is also read by {min(n.name for n in outside)}")
+    return gather, inside
+
+
+def pack(router: ScatterRouter) -> ScatterRouter:
+    """A scatter that decides as another does, and gives packed rows."""
+    return ScatterRouter(
+        router.protocol,
+        router.num_paths,
+        weighted=router.weighted,
+        per_path=router.per_path,
+        inherit_weights=router.inherit_weights,
+        result="packed",
+    )
 
 
 class _Timed(fx.Interpreter):

@@ -13,9 +13,8 @@ from torch import fx, nn
 
 from brt import plugins
 from brt.errors import PassError, PluginWarning
-from brt.guard import Skip, Spill, compiled
+from brt.guard import compiled
 from brt.passes.base import Call, Candidate, Context, Left, Pass, Record, require_stateless
-from brt.passes.capture import CapturedRegion
 from brt.passes.match import writes
 from brt.passes.remembered import Remembered, keep
 from brt.passes.verify import Moved, Tolerance, cloned, largest_error, without_traces
@@ -285,10 +284,10 @@ def _clean(work: Work) -> None:
     todo = list(called)
     while todo:
         module = work.inserted().get(todo.pop())
-        if isinstance(module, (Skip, Spill, CapturedRegion)):
-            # What an earlier pass inserted may run inside what this one moved
-            todo += module.calls - called
-            called |= module.calls
+        # What an earlier pass inserted may run inside what this one moved
+        inner: frozenset[str] = getattr(module, "calls", frozenset())
+        todo += inner - called
+        called |= inner
     for name in work.inserted():
         if name not in called:
             del work.graph._modules[name], work.scope.__dict__[name]
