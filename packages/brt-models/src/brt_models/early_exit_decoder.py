@@ -12,7 +12,6 @@ Legend: B sequences (cells), S tokens of one, D features, V words, L layers.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +23,7 @@ from brt.errors import BrtError
 from brt.protocols import BinaryThreshold
 from brt_models.decoder_layer import DecoderLayer, drawn_ids, positions
 from brt_models.images import is_over
+from brt_models.layerskip.training import dropout_of, exit_weight
 
 
 @dataclass(frozen=True)
@@ -71,16 +71,11 @@ class EarlyExitConfig:
 
     def dropout_of(self, layer: int) -> float:
         """How often a layer is dropped in training: section 4.1.1."""
-        if self.num_layers == 1:
-            return 0.0
-        return self.layer_dropout * (math.exp(layer * math.log(2) / (self.num_layers - 1)) - 1)
+        return dropout_of(layer, self.num_layers, self.layer_dropout)
 
     def weight_of(self, exit: int) -> float:
         """What an exit counts in the loss, before all are divided by their sum: section 4.1.2."""
-        layer = self.exits[exit] - 1
-        if layer < self.num_layers - 1:
-            return self.exit_scale * layer * (layer + 1) / 2
-        return layer + self.exit_scale * (layer - 1) * layer / 2 if layer else 1.0
+        return exit_weight(self.exits[exit] - 1, self.num_layers, self.exit_scale)
 
 
 class Stage(nn.Module):

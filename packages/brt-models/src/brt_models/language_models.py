@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import brt
-from brt_models import early_exit_decoder, mixture_of_depths, sparse_decoder, switch
+from brt_models import early_exit_decoder, layerskip, mixture_of_depths, sparse_decoder, switch
 from brt_models.sparse_decoder import SparseBlockConfig
 from brt_models.workloads import dynamic_depth
 from brt_models.workloads import sparse_decoder as sparse_decoder_workloads
@@ -65,6 +65,17 @@ MODELS = (
         title="Early-exit decoder",
         cells="a sequence",
         paper="LayerSkip, arXiv:2404.16710; CALM, arXiv:2207.07061",
+    ),
+    brt.ModelSpec(
+        name="layerskip",
+        summary="Llama whose tokens leave at a layer that is sure, or draft; random weights",
+        factory=layerskip.small,
+        sample=layerskip.sample,
+        title="LayerSkip",
+        cells="a token",
+        paper="Elhoushi et al., LayerSkip (ACL 2024), arXiv:2404.16710",
+        checkpoints=("huggingface",),
+        load=layerskip.load,
     ),
 )
 
