@@ -15,6 +15,7 @@ from brt_models.workloads import dynamic_routing as dynamic_routing_workloads
 from brt_models.workloads import livesr as livesr_workloads
 from brt_models.workloads import msdnet as msdnet_workloads
 from brt_models.workloads import patch_sr as patch_sr_workloads
+from brt_models.workloads import preload as preload_workloads
 from brt_models.workloads import ranet as ranet_workloads
 from brt_models.workloads import swin_moe as swin_moe_workloads
 from brt_models.workloads import taskmoe as taskmoe_workloads
@@ -162,6 +163,11 @@ def brt_workloads() -> Iterable[brt.WorkloadSpec]:
         name="swin-moe",
         summary="one mixture of Swin-MoE's third stage",
         factory=swin_moe_workloads.mixture,
+    )
+    yield brt.WorkloadSpec(
+        name="preload",
+        summary="experts of four times the memory given, loaded when needed or ahead",
+        factory=preload_workloads.chain,
     )
     yield from WORKLOADS
 
