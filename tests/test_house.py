@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import brt_dist._plugin
 from brt import plugins
 from brt.ops import OPERATORS
 
@@ -40,6 +41,13 @@ def tracked(*patterns: str) -> Iterator[Path]:
             yield ROOT / name
 
 
+def passes() -> Iterator[tuple[str, Path]]:
+    """Each pass that our packages offer, and the package."""
+    core = set(plugins.manager(entry_points=False).collect("passes"))
+    for name in plugins.manager(brt_dist._plugin, entry_points=False).collect("passes"):
+        yield name, CORE if name in core else ROOT / "packages" / "brt-dist"
+
+
 def headings(page: Path) -> list[str]:
     return re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
 
@@ -56,16 +64,16 @@ def test_protocols_have_headings() -> None:
 
 
 def test_passes_have_pages_files_and_tests() -> None:
-    for name in plugins.manager(entry_points=False).collect("passes"):
+    for name, package in passes():
         module = name.replace("-", "_")
         assert (DOCS / "passes" / f"{name}.md").exists(), name
-        assert (CORE / "src" / "brt" / "passes" / f"{module}.py").exists(), name
-        assert (CORE / "tests" / f"test_passes_{module}.py").exists(), name
+        assert len(list((package / "src").glob(f"*/passes/{module}.py"))) == 1, name
+        assert (package / "tests" / f"test_passes_{module}.py").exists(), name
 
 
 def test_passes_pages_are_about_passes() -> None:
-    offered = set(plugins.manager(entry_points=False).collect("passes"))
-    assert {page.stem for page in DOCS.glob("passes/*.md")} - {"index"} <= offered
+    pages = {page.stem for page in DOCS.glob("passes/*.md")}
+    assert pages - {"index"} <= {name for name, _ in passes()}
 
 
 def test_operators_have_tests() -> None:

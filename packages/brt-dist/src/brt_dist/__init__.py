@@ -12,6 +12,7 @@ from brt_dist.hierarchical import (
     hierarchical_all_to_all,
     reverse_hierarchical_all_to_all,
 )
+from brt_dist.measure import measure_transports
 from brt_dist.parallelize import Parallelized, parallelize
 from brt_dist.placement import PlacementError, Plan, plan
 from brt_dist.routers import ParallelGatherRouter, ParallelScatterRouter, SpreadRoute
@@ -40,6 +41,7 @@ __all__ = [
     "Transport",
     "TwoHops",
     "hierarchical_all_to_all",
+    "measure_transports",
     "parallelize",
     "plan",
     "reference",

@@ -10,6 +10,14 @@ import brt
 
 
 @brt.hookimpl
+def brt_passes() -> Iterable[brt.PassSpec]:
+    from brt_dist.passes import OverlapExchange, PlaceExperts
+
+    yield brt.PassSpec.of(OverlapExchange)
+    yield brt.PassSpec.of(PlaceExperts)
+
+
+@brt.hookimpl
 def brt_solvers() -> Iterable[brt.SolverSpec]:
     from brt_dist.placement import Descent, Packing
 

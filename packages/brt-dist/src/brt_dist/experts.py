@@ -81,6 +81,8 @@ class ParallelExpertRouter(Router):
         transport: how cells travel.
     """
 
+    waits_for_others = True
+
     def __init__(self, spread: Spread, transport: Transport = _DEFAULT) -> None:
         super().__init__()
         if transport.hosts is not None and transport.hosts.group is not spread.group:

@@ -95,7 +95,8 @@ def _stacked(
     spread = settings.spread(path, num_experts)
 
     def carry_out() -> None:
-        setattr(holder, name, ParallelExpertRouter(spread, settings.transport))
+        parallel = ParallelExpertRouter(spread, settings.transport)
+        setattr(holder, name, parallel.train(router.training))
         for key, parameter in stacked.items():
             setattr(holder, key, share_of(parameter, spread))
 
@@ -133,8 +134,9 @@ def _branches(
         raise refused(path, f"its {scatter.num_paths} branches leave none for rank {idle[0]}")
 
     def carry_out() -> None:
-        setattr(holder, name, ParallelScatterRouter(scatter, spread, settings.transport))
-        setattr(holder, gather_name, ParallelGatherRouter(gather))
+        parallel = ParallelScatterRouter(scatter, spread, settings.transport)
+        setattr(holder, name, parallel.train(scatter.training))
+        setattr(holder, gather_name, ParallelGatherRouter(gather).train(gather.training))
         for branch in range(scatter.num_paths):
             if branch not in spread.held:
                 branches[branch] = Elsewhere()

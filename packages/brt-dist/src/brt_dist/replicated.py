@@ -22,6 +22,8 @@ from brt_dist.agree import agree
 from brt_dist.groups import Group, naming_failures
 
 _WHAT = "replicated cells"
+# torch 2.13 calls it otherwise, and warns of the old name
+_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def gather_cells(
@@ -81,7 +83,7 @@ def _all_gather(rows_MS: Tensor, group: Group) -> Tensor:
     gathered = rows_MS.new_empty((num_ranks * rows_MS.shape[0], *rows_MS.shape[1:]))
     if math.prod(gathered.shape):
         with naming_failures(_WHAT, group):
-            dist.all_gather_into_tensor(gathered, rows_MS.contiguous(), group=group)
+            _gather_single(gathered, rows_MS.contiguous(), group=group)
     return gathered
 
 

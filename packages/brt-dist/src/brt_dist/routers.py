@@ -62,6 +62,8 @@ class ParallelScatterRouter(ScatterRouter):
     where it does not. The route is a `SpreadRoute`, for a `ParallelGatherRouter`.
     """
 
+    waits_for_others = True
+
     def __init__(self, scatter: ScatterRouter, spread: Spread, transport: Transport) -> None:
         super().__init__(
             scatter.protocol,
@@ -118,6 +120,8 @@ class ParallelGatherRouter(GatherRouter):
     Of ``rows`` it reads the paths that this rank holds. Other routes it gathers as
     `brt.GatherRouter` does.
     """
+
+    waits_for_others = True
 
     def __init__(self, gather: GatherRouter) -> None:
         super().__init__(

@@ -19,6 +19,7 @@ from brt.passes.remembered import Remembered, region_key
 from brt.passes.run import Form, Work, run_pass
 from brt.passes.verify import cloned, training, without_traces
 from brt.race import race
+from brt.routers import Router
 
 # Another form must take at most this share of the original's time to be kept
 _WORTH = 0.98
@@ -46,15 +47,18 @@ def begin(
 ) -> None:
     """Keep the forms of regions that are to be measured.
 
-    Where it is known which form of a region was kept before, only its passes need to run.
+    Where it is known which form of a region was kept before, only its passes need to run. Regions
+    that wait for other processes stay as the passes leave them.
     """
     for work in works:
         if memory.store is not None and work.calls:
             work.key = region_key(work)
-        found = memory.form(work, passes) if measure else None
+        # How often a form runs in a race goes by the clock, which is another one in each process
+        alone = not any(isinstance(m, Router) and m.waits_for_others for m in work.scope.modules())
+        found = memory.form(work, passes) if measure and alone else None
         if found is not None:
             work.wanted, work.candidates = found
-        elif measure and work.calls:
+        elif measure and alone and work.calls:
             work.snapshot()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ Observer = Callable[["Router", Route, Tensor], None]
 
 class Router(nn.Module):
     """A module that decides, or carries out, where cells go."""
+
+    waits_for_others: ClassVar[bool] = False
+    """Whether a call ends only when other processes make it too: nothing may repeat it alone."""
 
     def __init__(self) -> None:
         super().__init__()
