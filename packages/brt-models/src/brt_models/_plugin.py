@@ -18,6 +18,7 @@ from brt_models.workloads import patch_sr as patch_sr_workloads
 from brt_models.workloads import preload as preload_workloads
 from brt_models.workloads import ranet as ranet_workloads
 from brt_models.workloads import swin_moe as swin_moe_workloads
+from brt_models.workloads import swinv2_moe as swinv2_moe_workloads
 from brt_models.workloads import taskmoe as taskmoe_workloads
 
 
@@ -99,6 +100,16 @@ def brt_models() -> Iterable[brt.ModelSpec]:
         paper="Hwang et al., Tutel (MLSys 2023); Liu et al. (ICCV 2021)",
         checkpoints=("tutel-ranks",),
     )
+    yield brt.ModelSpec(
+        name="swinv2-moe",
+        summary="Swin V2 with mixtures of experts: attention by cosines, layers normalised last",
+        factory=swin_moe.small_v2,
+        sample=swin_moe.sample,
+        title="SwinV2-MoE",
+        cells="a token",
+        paper="Hwang et al., Tutel (MLSys 2023); Liu et al. (CVPR 2022)",
+        checkpoints=("tutel-ranks",),
+    )
     yield from MODELS
 
 
@@ -163,6 +174,11 @@ def brt_workloads() -> Iterable[brt.WorkloadSpec]:
         name="swin-moe",
         summary="one mixture of Swin-MoE's third stage",
         factory=swin_moe_workloads.mixture,
+    )
+    yield brt.WorkloadSpec(
+        name="swinv2-moe",
+        summary="images through a whole SwinV2-MoE",
+        factory=swinv2_moe_workloads.network,
     )
     yield brt.WorkloadSpec(
         name="preload",

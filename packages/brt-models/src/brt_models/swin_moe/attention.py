@@ -12,12 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+LEAST_TEMPERATURE = 0.01
+_LARGEST_BIAS = 16.0
+
 
 class WindowAttention(nn.Module):
     """Attention among the tokens of each window, with a bias that a small network makes."""
 
     relative_coords_table: Tensor
     relative_position_index: Tensor
+    scale: float | None = None
+    """What scores are multiplied by; None: one over the root of K."""
 
     def __init__(self, dim: int, window: int, num_heads: int) -> None:
         super().__init__()
@@ -35,17 +40,50 @@ class WindowAttention(nn.Module):
         table = self.cpb_mlp(self.relative_coords_table).flatten(0, 2)
         return table[self.relative_position_index].permute(2, 0, 1)
 
+    def heads(self, x_BWMC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, [B, W, A, M, K] each."""
+        qkv = self.qkv(x_BWMC).unflatten(3, (3, self.num_heads, -1))
+        q_BWAMK, k_BWAMK, v_BWAMK = (qkv[:, :, :, i].transpose(2, 3) for i in range(3))
+        return q_BWAMK, k_BWAMK, v_BWAMK
+
     def forward(self, x_BWMC: Tensor, mask_WMM: Tensor | None) -> Tensor:
         """[B, W, M, C] -> the same shape."""
         bias = self.bias()
         if mask_WMM is not None:
             bias = bias + mask_WMM[:, None]
-        qkv = self.qkv(x_BWMC).unflatten(3, (3, self.num_heads, -1))
-        q_BWAMK, k_BWAMK, v_BWAMK = (qkv[:, :, :, i].transpose(2, 3) for i in range(3))
+        q_BWAMK, k_BWAMK, v_BWAMK = self.heads(x_BWMC)
         out = F.scaled_dot_product_attention(
-            q_BWAMK, k_BWAMK, v_BWAMK, attn_mask=bias.to(q_BWAMK.dtype)
+            q_BWAMK, k_BWAMK, v_BWAMK, attn_mask=bias.to(q_BWAMK.dtype), scale=self.scale
         )
         return self.proj(out.transpose(2, 3).flatten(3))
+
+
+class CosineAttention(WindowAttention):
+    """That of Swin V2: scores are cosines over a learned temperature, biases are 0 to 16.
+
+    Source: Liu et al. 2022, arXiv:2111.09883, section 3.2.
+    """
+
+    scale = 1.0
+
+    def __init__(self, dim: int, window: int, num_heads: int) -> None:
+        super().__init__(dim, window, num_heads)
+        self.logit_scale = nn.Parameter(torch.full((num_heads, 1, 1), math.log(10.0)))
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.q_bias, self.v_bias = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.zeros(dim))
+
+    def bias(self) -> Tensor:
+        """What is added to the score of two tokens by their places, [A, M, M]."""
+        return _LARGEST_BIAS * super().bias().sigmoid()
+
+    def heads(self, x_BWMC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of the length that the temperature says, keys of length 1, values."""
+        q_BWAMK, k_BWAMK, v_BWAMK = super().heads(x_BWMC)
+        # What belongs to a head: [A, 1, K]
+        q_AMK, v_AMK = (b.view(self.num_heads, 1, -1) for b in (self.q_bias, self.v_bias))
+        largest = -math.log(LEAST_TEMPERATURE)
+        q_BWAMK = F.normalize(q_BWAMK + q_AMK, dim=-1) * self.logit_scale.clamp(max=largest).exp()
+        return q_BWAMK, F.normalize(k_BWAMK, dim=-1), v_BWAMK + v_AMK
 
 
 def coordinates(window: int) -> Tensor:

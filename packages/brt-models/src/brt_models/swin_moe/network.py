@@ -11,7 +11,13 @@ from torch.nn import functional as F
 
 from brt.errors import BrtError
 from brt_models.images import check_images
-from brt_models.swin_moe.attention import WindowAttention, from_windows, shift_mask, to_windows
+from brt_models.swin_moe.attention import (
+    CosineAttention,
+    WindowAttention,
+    from_windows,
+    shift_mask,
+    to_windows,
+)
 from brt_models.swin_moe.config import SwinMoEConfig
 from brt_models.swin_moe.mixture import Mixture
 
@@ -62,7 +68,10 @@ class DropPath(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention in windows, then an MLP or a mixture of them."""
+    """Attention in windows, then an MLP or a mixture of them.
+
+    Version 2 normalises what a layer gives, before it is added; version 1 what it takes.
+    """
 
     attn_mask: Tensor | None
 
@@ -72,8 +81,10 @@ class Block(nn.Module):
         self.side, self.window = config.side(stage), config.window(stage)
         is_shifted = block % 2 == 1 and self.side > self.window
         self.shift = config.window_size // 2 if is_shifted else 0
+        self.norm_last = config.version == 2
         self.norm1 = nn.LayerNorm(dim)
-        self.attn = WindowAttention(dim, self.window, config.num_heads[stage])
+        kind = CosineAttention if config.version == 2 else WindowAttention
+        self.attn = kind(dim, self.window, config.num_heads[stage])
         self.drop_path = DropPath(drop_path)
         self.norm2 = nn.LayerNorm(dim)
         is_mixture = block in config.moe_blocks[stage]
@@ -84,38 +95,48 @@ class Block(nn.Module):
     def attend(self, x_BLC: Tensor) -> Tensor:
         """[B, L, C] -> the same shape, attention added."""
         place = self.side, self.window, self.shift
-        windows_BWMC = to_windows(self.norm1(x_BLC), *place)
+        windows_BWMC = to_windows(self._before(self.norm1, x_BLC), *place)
         out_BLC = from_windows(self.attn(windows_BWMC, self.attn_mask), *place)
-        return x_BLC + self.drop_path(out_BLC)
+        return x_BLC + self.drop_path(self._behind(self.norm1, out_BLC))
 
     def forward(self, x_BLC: Tensor) -> Tensor:
         """[B, L, C] -> the same shape."""
         x_BLC = self.attend(x_BLC)
-        return x_BLC + self.drop_path(self.mlp(self.norm2(x_BLC)))
+        out_BLC = self.mlp(self._before(self.norm2, x_BLC))
+        return x_BLC + self.drop_path(self._behind(self.norm2, out_BLC))
 
     def with_loss(self, x_BLC: Tensor) -> tuple[Tensor, Tensor | None]:
         """([B, L, C], the balance loss of its mixture; None where it has none)."""
         if not isinstance(self.mlp, Mixture):
             return self(x_BLC), None
         x_BLC = self.attend(x_BLC)
-        out_BLC, loss = self.mlp.with_loss(self.norm2(x_BLC))
-        return x_BLC + self.drop_path(out_BLC), loss
+        out_BLC, loss = self.mlp.with_loss(self._before(self.norm2, x_BLC))
+        return x_BLC + self.drop_path(self._behind(self.norm2, out_BLC)), loss
+
+    def _before(self, norm: nn.LayerNorm, x_BLC: Tensor) -> Tensor:
+        return x_BLC if self.norm_last else norm(x_BLC)
+
+    def _behind(self, norm: nn.LayerNorm, x_BLC: Tensor) -> Tensor:
+        return norm(x_BLC) if self.norm_last else x_BLC
 
 
 class PatchMerging(nn.Module):
     """Four neighbours become one token of twice the features."""
 
-    def __init__(self, dim: int, side: int) -> None:
+    def __init__(self, dim: int, side: int, norm_last: bool = False) -> None:
         super().__init__()
-        self.side = side
+        self.side, self.norm_last = side, norm_last
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
-        self.norm = nn.LayerNorm(4 * dim)
+        self.norm = nn.LayerNorm((2 if norm_last else 4) * dim)
 
     def forward(self, x_BLC: Tensor) -> Tensor:
         """[B, L, C] -> [B, L / 4, 2 * C]."""
         x = x_BLC.unflatten(1, (self.side // 2, 2, self.side // 2, 2))
         x = x.permute(0, 1, 3, 4, 2, 5).flatten(3)  # column first, as the authors' slices
-        return self.reduction(self.norm(x.flatten(1, 2)))
+        x_BLC = x.flatten(1, 2)
+        if self.norm_last:
+            return self.norm(self.reduction(x_BLC))
+        return self.reduction(self.norm(x_BLC))
 
 
 class Stage(nn.Module):
@@ -128,7 +149,8 @@ class Stage(nn.Module):
         )
         self.downsample: PatchMerging | None = None
         if stage < len(config.depths) - 1:
-            self.downsample = PatchMerging(config.dim(stage), config.side(stage))
+            place = config.dim(stage), config.side(stage)
+            self.downsample = PatchMerging(*place, norm_last=config.version == 2)
 
 
 class SwinMoE(nn.Module):
@@ -155,6 +177,9 @@ class SwinMoE(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+            if isinstance(module, Block) and module.norm_last:  # blocks add nothing at first
+                nn.init.zeros_(module.norm1.weight)
+                nn.init.zeros_(module.norm2.weight)
 
     def forward(self, x_BCHW: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """[B, 3, H, W] -> [B, V]; with the balance loss in training."""
@@ -186,7 +211,7 @@ def check_size(image_size: int, x_BCHW: Tensor) -> None:
         )
 
 
-def small(num_classes: int = 10) -> SwinMoE:
+def small(num_classes: int = 10, version: int = 1) -> SwinMoE:
     """A small network for images of 32x32 pixels, with random weights, in eval mode."""
     config = SwinMoEConfig(
         image_size=32,
@@ -199,8 +224,15 @@ def small(num_classes: int = 10) -> SwinMoE:
         moe_blocks=((1,), (1,)),
         num_experts=4,
         cosine_size=8,
+        mlp_bias=version == 2,
+        version=version,
     )
     return SwinMoE(config).eval()
+
+
+def small_v2(num_classes: int = 10) -> SwinMoE:
+    """`small`, of Swin V2's blocks."""
+    return small(num_classes, version=2)
 
 
 def sample(seed: int = 0) -> tuple[Tensor]:
