@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import brt
 from brt import plugins
+from brt.passes import fusion
 from brt.passes.fuse_horizontal import FuseHorizontal, GroupedLevels
 from brt.protocols import CapacityTopK, Random, Threshold, TopK
 
@@ -218,12 +219,59 @@ def test_other_branches_are_left_alone_with_the_reason(name: str) -> None:
     assert torch.equal(fast(x), model(x))
 
 
-def test_branches_that_differ_are_left_alone() -> None:
-    widths = iter((7, 8, 7))
-    model = Layer(
-        lambda: nn.Sequential(nn.Linear(DIM, width := next(widths)), nn.Linear(width, DIM))
-    ).eval()
-    assert "branch 1: it is not like branch 0" in reasons(optimised(model))
+def unlike(*branches: nn.Module) -> Layer:
+    each = iter(branches)
+    return Layer(lambda: next(each)).eval()
+
+
+def branch(width: int, act: type[nn.Module] = nn.GELU, out: int = DIM) -> nn.Module:
+    return nn.Sequential(nn.Linear(DIM, width), act(), nn.Linear(width, out))
+
+
+def test_branches_of_other_widths_are_filled_up() -> None:
+    model = unlike(branch(7), branch(8), branch(2))
+    fast = optimised(model)
+    assert is_fused(fast), reasons(fast)
+    for x in (torch.randn(0, DIM), torch.randn(1, DIM), torch.randn(30, DIM)):
+        found = []
+        for module in (model, fast):
+            model.zero_grad(set_to_none=True)
+            module(x).sin().sum().backward()
+            found.append([module(x).detach(), *(p.grad for p in model.parameters())])
+        for ours, theirs in zip(*found, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_branches_of_other_kinds_are_groups() -> None:
+    model = Layer(BRANCHES["mlp"])
+    model.scatter = brt.ScatterRouter(TopK(2), 5)
+    model.gate = nn.Linear(DIM, 5)
+    kinds = [nn.GELU, nn.ReLU, nn.GELU, nn.ReLU, nn.ReLU]
+    model.experts = nn.ModuleList(branch(3 + p, kind) for p, kind in enumerate(kinds))
+    fast = optimised(model.eval())
+    assert "GroupedForms" in {type(module).__name__ for module in fast.inserted.values()}
+    assert "paths [0, 2]" in str(fast.report)
+    for num_cells in (0, 1, 40):
+        x = torch.randn(num_cells, DIM)
+        torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
+    x = torch.randn(1, DIM).expand(9, DIM)  # all on the same paths
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_branches_that_do_not_go_together_are_left_alone() -> None:
+    every = unlike(branch(7), branch(7, nn.ReLU), branch(7, nn.SiLU))
+    assert "3 branches are of 3 kinds: too many to group" in reasons(optimised(every))
+
+
+def test_a_padded_batch_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fusion, "race", lambda runs, *_, **__: [2e-9, 1e-9])
+    model, x = Layer(BRANCHES["mlp"]).eval(), torch.randn(20, DIM)
+    fast = optimised(model, x)
+    assert "PaddedLevels" in {type(module).__name__ for module in fast.inserted.values()}
+    assert "(padded batch)" in str(fast.report)
+    for num_cells in (0, 1, 33):
+        x = torch.randn(num_cells, DIM)
+        torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
 
 
 def test_a_slower_form_is_left_alone_with_its_times() -> None:

@@ -20,6 +20,7 @@ from brt.errors import (
     RouteError,
     TraceError,
 )
+from brt.fuse import fuse
 from brt.graph import netlet, regions, trace
 from brt.grouped import each, grouped
 from brt.hookspecs import hookimpl
@@ -92,6 +93,7 @@ __all__ = [
     "cellflow",
     "check",
     "each",
+    "fuse",
     "grouped",
     "hookimpl",
     "load",

@@ -32,7 +32,7 @@ class FuseConvChains(FusePass):
 
     def reader(self) -> Reader:
         """One for the branches of a scatter."""
-        return _ChainReader()
+        return ChainReader()
 
 
 class ConvChains(FusedBranches):
@@ -75,7 +75,9 @@ class ConvChains(FusedBranches):
         return f"steps of each path: {[len(branch) for branch in self.branches]}"
 
 
-class _ChainReader(Reader):
+class ChainReader(Reader):
+    """Reads convolutional branches."""
+
     def __init__(self) -> None:
         self._params = Params()
         self._branches: list[list[ConvStep]] = []

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import operator
 import statistics
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -21,10 +20,12 @@ from brt.graph import trace
 from brt.grouped import each
 from brt.passes.base import Context, Pass
 from brt.passes.match import Scatter, argument, draws_random, module_of, scatters
+from brt.race import now, race
 from brt.route import Route
 from brt.routers import GatherRouter, ScatterRouter
 
 _REPEATS = 3
+_SECONDS = 0.5
 # The fused form must be this much faster than the branches to be worth another form of the region
 _GAIN = 0.95
 
@@ -58,6 +59,10 @@ class FusedBranches(nn.Module, ABC):
     def example(self) -> tuple[Tensor, Tensor]:
         """Rows and offsets as there might be: to ask for the kernel where there is no sample."""
 
+    def alternatives(self) -> list[FusedBranches]:
+        """Itself, and other forms of the same to measure."""
+        return [self]
+
     @abstractmethod
     def describe(self) -> str:
         """What it is, for the record: "4 branches of [2, 6] steps are one operator"."""
@@ -85,6 +90,7 @@ class Fusion:
     gather: fx.Node
     inside: set[fx.Node]
     fused: FusedBranches
+    forms: list[FusedBranches] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -106,7 +112,16 @@ class Fusion:
 
     def is_faster(self, graph: fx.GraphModule, ctx: Context) -> bool:
         """Whether it beats the branches on the sample, or, without one, by its kernel."""
-        return ctx.decide(self.scatter.name, lambda: self._measure(graph, ctx))
+        self.forms = self.fused.alternatives()
+        if not ctx.decide(self.scatter.name, lambda: self._measure(graph, ctx)):
+            return False
+        for form in self.forms[1:]:
+            if ctx.decide(f"{self.scatter.name} as {form.label}", partial(self._is_chosen, form)):
+                self.fused = form
+        return True
+
+    def _is_chosen(self, form: FusedBranches) -> bool:
+        return self.fused is form
 
     def _measure(self, graph: fx.GraphModule, ctx: Context) -> bool:
         call = next((c for c in ctx.sample if not c.kwargs), None)
@@ -116,18 +131,20 @@ class Fusion:
             timed = _Timed(graph, self)
             timed.run(*call.args)
             rows, offsets_P1 = timed.rows, timed.offsets_P1
-            chosen = self.fused.kernel(rows, offsets_P1)
-            self.fused.run(rows, offsets_P1)  # weights are packed once, not timed
             before = statistics.median(timed.again(call.args) for _ in range(_REPEATS))
-            after = statistics.median(
-                _seconds(lambda: self.fused.run(rows, offsets_P1), rows.device)
-                for _ in range(_REPEATS + 1)
-            )
-        what = f"{1e3 * before:.2f} ms as branches, {1e3 * after:.2f} ms as one ({chosen})"
-        if after > _GAIN * before:
-            ctx.leave(self.scatter.name, f"measured {what} on {rows.shape[0]} rows")
+            runs = [partial(form.run, rows, offsets_P1) for form in self.forms]
+            times = race(runs, rows.device, seconds=max(4 * before, _SECONDS))
+        best = min(range(len(times)), key=times.__getitem__)
+        self.fused = self.forms[best]
+        each = ", ".join(
+            f"{1e3 * seconds:.2f} ms as one ({form.kernel(rows, offsets_P1)})"
+            for form, seconds in zip(self.forms, times, strict=True)
+        )
+        what = f"measured {1e3 * before:.2f} ms as branches, {each} on {rows.shape[0]} rows"
+        if times[best] > _GAIN * before:
+            ctx.leave(self.scatter.name, what)
             return False
-        ctx.note(f"{self.scatter.name}: measured {what} on {rows.shape[0]} rows")
+        ctx.note(f"{self.scatter.name}: {what}")
         return True
 
     def _has_kernel(self, ctx: Context) -> bool:
@@ -230,9 +247,9 @@ class _Timed(fx.Interpreter):
             self.offsets_P1 = loads.cumsum(0)
         if n not in self._fusion.inside:
             return super().run_node(n)
-        start = _now(self._device())
+        start = now(self._device())
         out = super().run_node(n)
-        self._spent += _now(self._device()) - start
+        self._spent += now(self._device()) - start
         return out
 
     def _device(self) -> torch.device:
@@ -255,7 +272,7 @@ def _read(
         if at != path or rows[path] is not entry:
             raise NotFusableError("brt.each runs its module on another path")
         module = ctx.scope.get_submodule(str(modules[path].target))  # type: ignore[union-attr]
-        _read_module(reader, module)
+        read_module(reader, module)
         return {source, result, *modules}
     nodes, wanted = [], {result}
     for node in reversed(graph.graph.nodes):
@@ -271,7 +288,8 @@ def _read(
     return set(nodes)
 
 
-def _read_module(reader: Reader, module: nn.Module) -> None:
+def read_module(reader: Reader, module: nn.Module) -> None:
+    """Let the reader have a branch that is a module of its own."""
     # Inside another module a layer of torch is one node; on its own it would be opened
     is_layer = type(module).__module__.startswith("torch.nn.") and not [*module.children()]
     try:
@@ -299,18 +317,6 @@ def _gather_of(ctx: Context, scatter: Scatter) -> tuple[fx.Node, list[fx.Node]]:
     if not isinstance(rows, (list, tuple)) or not all(isinstance(r, fx.Node) for r in rows):
         raise NotFusableError("its gather does not take a list of tensors")
     return gathers[0], list(rows)
-
-
-def _seconds(run: Callable[[], Any], device: torch.device) -> float:
-    start = _now(device)
-    run()
-    return _now(device) - start
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 class FusePass(Pass):

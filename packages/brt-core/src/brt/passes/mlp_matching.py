@@ -51,6 +51,11 @@ class Level:
         )
         return shapes, self.activation
 
+    def kind(self) -> tuple[Any, ...]:
+        """What must be equal in branches whose widths may differ."""
+        layers = tuple((layer.bias is not None, layer.weight.dtype) for layer in self.linears)
+        return layers, self.activation
+
     def __str__(self) -> str:
         sizes = f"{self.linear.in_features}->{self.linear.out_features}"
         gated = " gated" if self.other is not None else ""
