@@ -53,7 +53,9 @@ def test_recipes_that_fit_nothing() -> None:
         training.Recipe(branch_steps=(1, 2))
     config = PatchSRConfig(channels=(4,), blocks=(0,))
     with pytest.raises(BrtError, match="the recipe is for 4 paths, the config has 1"):
-        training.train(training.Recipe.quick(), config, Log(Console(quiet=True)))
+        training.train(
+            training.Recipe.quick(), config, Log(Console(quiet=True), "loss", "gain", "dB")
+        )
 
 
 @pytest.mark.slow

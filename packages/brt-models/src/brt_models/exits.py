@@ -112,11 +112,16 @@ class ExitNetwork(nn.Module):
         """Multiply-adds of an image of that size that leaves at each exit, all before included."""
         state: Any = x_NCHW[:1]
         macs: list[int] = []
-        for k in range(self.num_exits):
-            (spent,) = macs_of(self, partial(self.stage, k), state, [[self]])
-            macs.append(spent)
-            with torch.no_grad():
-                state, _ = self.stage(k, state)
+        was_training = self.training
+        self.eval()  # an image of its own says nothing to batch norms
+        try:
+            for k in range(self.num_exits):
+                (spent,) = macs_of(self, partial(self.stage, k), state, [[self]])
+                macs.append(spent)
+                with torch.no_grad():
+                    state, _ = self.stage(k, state)
+        finally:
+            self.train(was_training)
         return tuple(accumulate(macs))
 
 

@@ -6,9 +6,7 @@ Shape letters: B photos (one), N patches, P paths, C colours, H height, W width.
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,9 @@ from torch import Tensor
 import brt
 from brt.errors import BrtError
 from brt.files import atomic_write
-from brt_models import patch_sr, photos, quality
+from brt_models import patch_sr, photos, profiles, quality
+from brt_models.demo import parts
+from brt_models.demo.parts import step
 from brt_models.demo.pictures import draw_comparison, draw_routing
 from brt_models.demo.timing import alternate
 from brt_models.patch_sr import PatchSR
@@ -57,19 +57,18 @@ def run(
     model = patch_sr.pretrained()
     config = model.config
 
-    with _step(console, "profiling on the photos of training"):
-        seen = photos.split("train") + photos.split("profile")
-        batches = [photos.load(other)[None] for other in seen]
-        profile = brt.profile(model, batches)
-    with _step(console, "optimising"):
-        fast = brt.optimize(model, profile, sample=batches[0])
+    with step(console, "profiling on the photos of training"):
+        profile = profiles.photo_patches(model)
+    with step(console, "optimising"):
+        first_BCHW = photos.load(photos.split("train")[0])[None]
+        fast = brt.optimize(model, profile, sample=first_BCHW)
     variants: dict[str, Callable[[Tensor], Tensor]] = {"eager": model, "optimised": fast}
     if compiled:
-        with _step(console, "torch.compile, for comparison"):
-            variants |= _compiled(model, x_BCHW, console)
-    with _step(console, "timing all of them in turns"):
+        with step(console, "torch.compile, for comparison"):
+            variants |= parts.compiled(model, x_BCHW, console)
+    with step(console, "timing all of them in turns"):
         milliseconds = alternate(variants, x_BCHW, seconds)
-    with _step(console, "upscaling, drawing"):
+    with step(console, "upscaling, drawing"):
         grid, path_N = _routing(model, x_BCHW)
         with torch.inference_mode():
             out_BCHW = fast(x_BCHW)
@@ -99,8 +98,7 @@ def run(
             for path, network in enumerate(config.path_names)
         ],
         "compute_share": _compute_share(model, path_N),
-        "passes": [record.to_json() for record in fast.report.records],
-        "guards": fast.report.guards(),
+        **parts.told(fast),
         "difference_from_eager": difference,
         "files": [
             str(out / file)
@@ -126,20 +124,6 @@ def _fitting(photo_CHW: Tensor, console: Console) -> Tensor:
         f"the photo has {width}x{height} pixels; the demo shrinks it to {small[1]}x{small[0]} first"
     )
     return resize(photo_CHW[None], *small).clamp(0, 1)
-
-
-def _compiled(
-    model: PatchSR, x_BCHW: Tensor, console: Console
-) -> dict[str, Callable[[Tensor], Tensor]]:
-    try:
-        compiled = torch.compile(model)
-        with torch.inference_mode():
-            compiled(x_BCHW)
-    except Exception as error:  # whatever its backend raises: the demo goes on without
-        reason = str(error).strip().partition("\n")[0]
-        console.print(f"torch.compile does not run here: {escape(reason)}")
-        return {}
-    return {"torch.compile": compiled}
 
 
 @torch.inference_mode()
@@ -184,14 +168,6 @@ def _compute_share(model: PatchSR, path_N: Sequence[int]) -> float:
     return sum(macs_P[path] for path in path_N) / (len(path_N) * max(macs_P))
 
 
-@contextmanager
-def _step(console: Console, what: str) -> Iterator[None]:
-    started = time.perf_counter()
-    with console.status(what):
-        yield
-    console.print(f"[dim]{time.perf_counter() - started:6.1f} s  {what}[/]", highlight=False)
-
-
 def _show(figures: Mapping[str, Any], found: Quality, console: Console) -> None:
     (height, width), (high, wide) = figures["size"], figures["upscaled_size"]
     console.print(
@@ -199,11 +175,7 @@ def _show(figures: Mapping[str, Any], found: Quality, console: Console) -> None:
         f"{figures['threads']} threads",
         highlight=False,
     )
-    times = figures["milliseconds"]
-    table = Table("variant", "median", "eager takes", box=None, header_style="dim")
-    for variant, median in times.items():
-        table.add_row(variant, f"{median:.1f} ms", f"{times['eager'] / median:.2f} x")
-    console.print(table)
+    parts.show_times(figures["milliseconds"], console)
 
     table = Table("network", "patches", "", box=None, header_style="dim")
     total = sum(path["patches"] for path in figures["paths"])
@@ -217,12 +189,4 @@ def _show(figures: Mapping[str, Any], found: Quality, console: Console) -> None:
         f"bicubic {found.rgb_bicubic:.2f} dB ([bold]{found.rgb_gain:+.2f} dB[/])",
         highlight=False,
     )
-    for record in figures["passes"]:
-        what = "refused: " + record["refused"] if record["refused"] else "; ".join(record["notes"])
-        done = "applied" if record["changed"] else "no change"
-        console.print(f"pass {record['name']}: {done}{': ' if what else ''}{escape(what)}")
-    for guard, count in figures["guards"].items():
-        console.print(f"guard {guard}: {count['hits']} hits, {count['fallbacks']} fallbacks")
-    console.print(f"largest difference from eager: {figures['difference_from_eager']:.2g}")
-    for file in figures["files"]:
-        console.print(f"wrote {escape(file)}", soft_wrap=True)
+    parts.show_rest(figures, console)

@@ -23,10 +23,10 @@ from brt.files import atomic_write
 
 @dataclass
 class Curve:
-    """One stage's losses, and its decibels over bicubic on the profile photos where measured."""
+    """One stage's losses, and its scores where measured, each with its step."""
 
     loss: list[tuple[int, float]] = field(default_factory=list)
-    gain: list[tuple[int, float]] = field(default_factory=list)
+    score: list[tuple[int, float]] = field(default_factory=list)
 
 
 @dataclass
@@ -37,23 +37,27 @@ class Stage:
     curve: Curve
     progress: Progress
     task: TaskID
+    unit: str
 
-    def step(self, step: int, loss: float, gain: float | None = None) -> None:
+    def step(self, step: int, loss: float, score: float | None = None) -> None:
         """Note one step."""
         self.curve.loss.append((step, loss))
         text = f"loss {loss:.4f}"
-        if gain is not None:
-            self.curve.gain.append((step, gain))
-        if self.curve.gain:
-            text += f"  {self.curve.gain[-1][1]:+.2f} dB"
+        if score is not None:
+            self.curve.score.append((step, score))
+        if self.curve.score:
+            text += f"  {self.curve.score[-1][1]:.2f} {self.unit}"
         self.progress.update(self.task, completed=step, text=text)
 
 
 @dataclass
 class Log:
-    """The curves of all stages, in order."""
+    """The curves of all stages, in order, and what the axes of their plot say."""
 
     console: Console
+    loss: str
+    score: str
+    unit: str  # of a score
     curves: dict[str, Curve] = field(default_factory=dict)
 
     @contextmanager
@@ -69,23 +73,23 @@ class Log:
         )
         with Progress(*columns, console=self.console, refresh_per_second=2) as progress:
             task = progress.add_task(name, total=num_steps, text="")
-            yield Stage(name, self.curves.setdefault(name, Curve()), progress, task)
+            yield Stage(name, self.curves.setdefault(name, Curve()), progress, task, self.unit)
 
     def plot(self, path: Path) -> None:
-        """Losses and gains of all stages as one picture."""
+        """Losses and scores of all stages that have scores, as one picture."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(11, 4.2), layout="constrained")
-        losses, gains = figure.subplots(1, 2)
+        losses, scores = figure.subplots(1, 2)
         for name, curve in self.curves.items():
-            if curve.gain:
+            if curve.score:
                 step, loss = zip(*_smoothed(curve.loss), strict=True)
                 losses.plot(step, loss, label=name, linewidth=1.2)
-                gains.plot(*zip(*curve.gain, strict=True), label=name, marker="o", markersize=3)
-        losses.set(xlabel="step", ylabel="L1 loss (mean of 50 steps)", yscale="log")
-        gains.set(xlabel="step", ylabel="dB over bicubic, profile photos")
-        gains.legend(fontsize="small")
-        for axes in (losses, gains):
+                scores.plot(*zip(*curve.score, strict=True), label=name, marker="o", markersize=3)
+        losses.set(xlabel="step", ylabel=f"{self.loss} (mean of 50 steps)", yscale="log")
+        scores.set(xlabel="step", ylabel=f"{self.score} ({self.unit})")
+        scores.legend(fontsize="small")
+        for axes in (losses, scores):
             axes.grid(alpha=0.3)
             axes.spines[["top", "right"]].set_visible(False)
         with atomic_write(path) as beside:

@@ -264,7 +264,7 @@ def main(
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=device != "cpu")
     console = Console()
-    log = Log(console)
+    log = Log(console, "L1 loss", "over bicubic, profile photos", "dB")
     recipe = Recipe.quick() if quick else Recipe()
     recipe = Recipe(**(asdict(recipe) | {"seed": seed}))
     started = time.perf_counter()
