@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import brt
 from brt_models import early_exit_decoder, layerskip, mixture_of_depths, sparse_decoder, switch
+from brt_models.loaders import sparse_block_loader
 from brt_models.sparse_decoder import SparseBlockConfig
 from brt_models.workloads import dynamic_depth
 from brt_models.workloads import sparse_decoder as sparse_decoder_workloads
@@ -21,6 +22,7 @@ def _sparse_block(family: str, what: str, paper: str) -> brt.ModelSpec:
         cells="a token",
         paper=paper,
         checkpoints=("huggingface",),
+        load=sparse_block_loader(family),
     )
 
 
@@ -34,6 +36,7 @@ MODELS = (
         cells="a token",
         paper="Fedus et al. 2021, Switch Transformers, arXiv:2101.03961",
         checkpoints=("huggingface",),
+        load=switch.load,
     ),
     _sparse_block("mixtral", "2 of 8 experts, weights that sum to 1", "Mixtral, arXiv:2401.04088"),
     _sparse_block("qwen3-moe", "4 of 16 small experts", "Qwen3, arXiv:2505.09388"),

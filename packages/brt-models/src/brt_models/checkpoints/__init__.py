@@ -10,12 +10,14 @@ All raise `BrtError`; what does not fit a model is a
 `CheckpointError`, whose ``complaints`` are all there are.
 """
 
+from brt.errors import CheckpointError
 from brt_models.checkpoints.fitting import assign, check_fit, refuse
 from brt_models.checkpoints.published import load_published, save_published
 from brt_models.checkpoints.reading import read, read_beside, read_config
 from brt_models.checkpoints.writing import write, write_folder
 
 __all__ = [
+    "CheckpointError",
     "assign",
     "check_fit",
     "load_published",

@@ -29,8 +29,9 @@ def write(
     ``prefix`` goes before every name; ``beside`` are further keys of the file.
     """
     state = {prefix + name: tensor.detach().cpu() for name, tensor in tensors.items()}
-    with atomic_write(path) as temporary:
-        torch.save(beside | ({wrap: state} if wrap else state), temporary)
+    # Into an open file: by path, torch would keep the temporary name in it, and refuse some names
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        torch.save(beside | ({wrap: state} if wrap else state), file)
 
 
 def write_folder(
