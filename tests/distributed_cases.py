@@ -12,6 +12,7 @@ import brt
 import brt_dist
 import brt_models._plugin
 from brt import plugins
+from brt_dist.demo import compare
 
 
 def adapted_mixtral_equals_one_process(rank: int) -> None:
@@ -45,3 +46,10 @@ def adapted_mixtral_equals_one_process(rank: int) -> None:
         assert error < 1e-4, f"{name}: {error}"
     state = spread.state_dict(model)
     whole.load_state_dict(state)
+
+
+def demo(rank: int) -> list[int]:
+    """The rows that each placement of the demo moves; it checks outputs itself."""
+    with plugins.using(brt_models._plugin):
+        model = plugins.get("models", "switch-base-8")
+    return [row.moved for row in compare(model)]

@@ -23,5 +23,13 @@ def ranks() -> Iterator[Ranks]:
 
 
 @pytest.mark.dist
+def test_demo_moves_fewer_rows(ranks: Ranks) -> None:
+    moved = ranks.run(cases.demo)
+    assert moved[0] == moved[1]
+    blocks, nearer = moved[0]
+    assert 0 < nearer < blocks
+
+
+@pytest.mark.dist
 def test_adapted_mixtral(ranks: Ranks) -> None:
     ranks.run(cases.adapted_mixtral_equals_one_process)

@@ -1,33 +1,35 @@
-"""The demo runs on ranks that torchrun starts, and says that they equal one process."""
+"""The demo without its model says what to install; with it, see the root's tests."""
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
+import brt
+import brt_dist._plugin
+from brt import plugins
 from brt_dist import demo
 
-
-@pytest.mark.dist
-def test_demo_under_torchrun() -> None:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *torchrun, "-m", "brt_dist.demo"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    rows = dict(re.findall(r"^(blocks|nearer) +(\d+) ", done.stdout, re.MULTILINE))
-    assert int(rows["nearer"]) < int(rows["blocks"]), done.stdout
+pytestmark = pytest.mark.dist
 
 
 def test_demo_says_how_to_start_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(SystemExit, match="torchrun --standalone"):
         demo.main()
+
+
+def test_demo_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("RANK", "0")
+    with plugins.using(brt_dist._plugin):
+        with pytest.raises(SystemExit, match="pip install packages/brt-core packages/brt-models"):
+            demo.main()
+        spec: brt.DemoSpec = plugins.get("demos", "dist")
+        with pytest.raises(brt.BrtError, match="which brt-models brings"):
+            spec.run(None, tmp_path, compiled=False, console=Console())
 
 
 def test_nearer_puts_experts_where_their_rows_are() -> None:

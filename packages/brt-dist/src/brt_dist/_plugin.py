@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,26 @@ def brt_passes() -> Iterable[brt.PassSpec]:
 
 
 @brt.hookimpl
+def brt_demos() -> Iterable[brt.DemoSpec]:
+    yield brt.DemoSpec(
+        name="dist",
+        summary="a language model with its experts on four ranks, equal to one process",
+        run=_show,
+    )
+
+
+@brt.hookimpl
 def brt_solvers() -> Iterable[brt.SolverSpec]:
     from brt_dist.placement import Descent, Packing
 
     yield brt.SolverSpec.of(Descent, name="descent", command=_place)
     yield brt.SolverSpec.of(Packing, name="packing")
+
+
+def _show(source: str | None, out: Path, **options: Any) -> Mapping[str, Any]:
+    from brt_dist.demo import show
+
+    return show(source, out, **options)
 
 
 def _place(source: Path, topology: Path, **options: Any) -> Any:

@@ -23,7 +23,7 @@ from brt_dist.gradients import sum_replicas
 from brt_dist.groups import Group, resolve
 from brt_dist.mixtures import Change, Settings, find_changes, refused
 from brt_dist.placement import Plan
-from brt_dist.spread import Placement
+from brt_dist.spread import Placement, Spread
 from brt_dist.transport import Transport
 from brt_dist.whole_state import Entry, gather_state
 
@@ -37,12 +37,14 @@ class Parallelized:
 
     Attributes:
         changed: (module path, its experts and their ranks) of each mixture that is spread now.
+        spreads: which ranks hold which expert, by the path of the mixture.
         experts: names of the parameters that only their rank holds.
         entries: the state dict as it was, and where its tensors are now.
         group: the ranks.
     """
 
     changed: tuple[tuple[str, str], ...]
+    spreads: Mapping[str, Spread]
     experts: frozenset[str]
     entries: tuple[Entry, ...]
     group: Group
@@ -118,7 +120,8 @@ def parallelize(
         change.carry_out()
     there = {name for name, _ in model.named_parameters()}
     experts = {name for change in changes for name in change.owners}
-    return Parallelized(changed, frozenset(experts & there), entries, group)
+    spreads = {change.path: change.spread for change in changes}
+    return Parallelized(changed, spreads, frozenset(experts & there), entries, group)
 
 
 def _entries(model: nn.Module, changes: Sequence[Change]) -> Iterator[Entry]:
