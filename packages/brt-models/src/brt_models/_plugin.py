@@ -7,7 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import brt
-from brt_models import classsr, dynamic_routing, livesr, msdnet, patch_sr, ranet, swin_moe, taskmoe
+from brt_models import (
+    classsr,
+    dynamic_routing,
+    livesr,
+    loaders,
+    msdnet,
+    patch_sr,
+    ranet,
+    swin_moe,
+    taskmoe,
+)
 from brt_models.adapters import ADAPTERS
 from brt_models.language_models import MODELS, PROTOCOLS, WORKLOADS
 from brt_models.workloads import classsr as classsr_workloads
@@ -32,7 +42,9 @@ def brt_models() -> Iterable[brt.ModelSpec]:
         title="Patch super-resolution",
         cells="a 32x32 patch",
         paper="ClassSR (CVPR 2021); LiveSR in Brainstorm (OSDI 2023)",
+        checkpoints=("safetensors",),
         pretrained=patch_sr.pretrained,
+        load=patch_sr.load,
     )
     yield brt.ModelSpec(
         name="livesr",
@@ -53,6 +65,7 @@ def brt_models() -> Iterable[brt.ModelSpec]:
         cells="a 32x32 patch",
         paper="Kong et al. (CVPR 2021)",
         checkpoints=("classsr-state-dict",),
+        load=loaders.load_classsr,
     )
     yield brt.ModelSpec(
         name="msdnet",
@@ -62,6 +75,8 @@ def brt_models() -> Iterable[brt.ModelSpec]:
         title="MSDNet",
         cells="an image",
         paper="Huang et al. (ICLR 2018)",
+        checkpoints=("msdnet-state-dict",),
+        load=loaders.load_msdnet,
     )
     yield brt.ModelSpec(
         name="dynamic-routing",
@@ -71,6 +86,8 @@ def brt_models() -> Iterable[brt.ModelSpec]:
         title="Dynamic Routing",
         cells="an image",
         paper="Li et al. (CVPR 2020)",
+        checkpoints=("detectron2",),
+        load=loaders.load_dynamic_routing,
     )
     yield brt.ModelSpec(
         name="ranet",
@@ -80,6 +97,8 @@ def brt_models() -> Iterable[brt.ModelSpec]:
         title="RANet",
         cells="an image",
         paper="Yang et al. (CVPR 2020)",
+        checkpoints=("ranet-state-dict",),
+        load=loaders.load_ranet,
     )
     yield brt.ModelSpec(
         name="taskmoe",
@@ -89,6 +108,8 @@ def brt_models() -> Iterable[brt.ModelSpec]:
         title="TaskMoE",
         cells="a sentence",
         paper="Kudugunta et al. (EMNLP 2021)",
+        checkpoints=("huggingface",),
+        load=taskmoe.load,
     )
     yield brt.ModelSpec(
         name="swin-moe",
