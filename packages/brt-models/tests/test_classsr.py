@@ -41,8 +41,10 @@ def tiny(kind: str) -> ClassSR:
         if p.ndim > 1 and "mean" not in name:
             nn.init.kaiming_normal_(p, nonlinearity="linear")
     for name, buffer in model.named_buffers():
-        if "running" in name:
+        if "running_var" in name:
             nn.init.uniform_(buffer, 0.5, 1.5)
+        elif "running_mean" in name:
+            nn.init.uniform_(buffer, -0.1, 0.1)
     with torch.no_grad():  # even shares of the photo below
         cells_NCHW, _ = model.cut(photo())
         logits_NP = model.scores(cells_NCHW)

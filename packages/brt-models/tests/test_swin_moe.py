@@ -170,6 +170,8 @@ def tiny_v2(config: SwinMoEConfig = V2) -> SwinMoE:
     for name, p in model.named_parameters():
         if "norm" in name or "bias" in name:
             torch.nn.init.normal_(p, std=0.5)
+        elif any(part in name for part in ("cpb_mlp", "qkv", "attn.proj", "fc1", "fc2", "head")):
+            torch.nn.init.normal_(p, std=0.3)
         elif "logit_scale" in name:
             torch.nn.init.uniform_(p, 1.0, 6.0)  # beyond the largest that counts, log 100
     return model
