@@ -8,6 +8,7 @@ from brt.cellflow import cellflow
 from brt.cells import Cells, Grid, PatchGrid, Root, annotate, annotate_patches
 from brt.checks import check
 from brt.decision import Decision
+from brt.drift import Drift, OnDrift
 from brt.errors import (
     BrtError,
     CheckpointError,
@@ -59,6 +60,7 @@ __all__ = [
     "CheckpointError",
     "Decision",
     "DemoSpec",
+    "Drift",
     "EarlyExit",
     "ExpertRouter",
     "GatherRouter",
@@ -67,6 +69,7 @@ __all__ = [
     "KernelSpec",
     "LoopRouter",
     "ModelSpec",
+    "OnDrift",
     "Optimized",
     "PassError",
     "PassSpec",

@@ -52,7 +52,7 @@ class FusedModules(nn.Module):
     """Modules as one: ``forward(rows)`` takes and gives one tensor for each of them.
 
     It holds the modules themselves, under ``modules_P``, so that their parameters are trained,
-    moved and saved as ever. Also loads unlike the sample's, and none at all, give the modules' results.
+    moved and saved as ever. Loads unlike the sample's, and none at all, give the modules' results.
     """
 
     def __init__(

@@ -8,6 +8,7 @@ model's own submodules and parameters, never to copies.
 from __future__ import annotations
 
 import operator
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,6 +36,10 @@ OPAQUE = "brt_opaque"
 """Key of a traced graph's `meta`: {path: why} of router-free modules that stay closed."""
 
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+
+
+# While it traces, torch.fx has patched nn.Module for the whole process
+_ONE_AT_A_TIME = threading.RLock()
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +84,7 @@ def trace(module: nn.Module, sample: Any = None) -> fx.GraphModule:
     before = dict(module.__dict__)
     try:
         _refuse_patched(module)
-        with torch.enable_grad(), tracer.watched(module, ""):
+        with _ONE_AT_A_TIME, torch.enable_grad(), tracer.watched(module, ""):
             graph = tracer.trace(module)
     except Exception as error:
         raise TraceError(

@@ -13,6 +13,7 @@ from torch import fx, nn
 
 from brt import graph as tracing
 from brt import tuning
+from brt.drift import Follower, OnDrift
 from brt.errors import BrtError, PassError, PluginWarning
 from brt.ops import measured
 from brt.optimized import Optimized, RegionModule
@@ -36,6 +37,7 @@ def optimize(
     sample: Any = None,
     verify: bool = True,
     measure: bool | None = None,
+    on_drift: OnDrift | None = None,
 ) -> Optimized:
     """A module that computes what ``model`` does, specialised to its profile by passes.
 
@@ -55,6 +57,8 @@ def optimize(
         measure: time each region on ``sample``, as it was and after each pass, and keep the fastest
             form, which may be the original. By default where passes were not named: those that you
             name run, whether they help or not. Without a sample nothing is measured.
+        on_drift: count where cells go while the result runs, and, where that is no longer as the
+            profile saw it, plan anew in the background and swap (`brt.OnDrift`).
 
     What is measured is remembered on this machine (`brt.tuning`), so that it is measured once.
 
@@ -63,16 +67,26 @@ def optimize(
     """
     named, store = passes is not None, tuning.store()
     measured.load(store)
-    return optimize_as(
-        model,
-        profile,
-        passes,
-        sample=sample,
-        verify=verify,
-        warn_refusals=named,
-        measure=not named if measure is None else measure,
-        memory=Remembered(store),
-    )
+    chosen = DEFAULT if passes is None else tuple(passes)
+
+    def made(model: nn.Module, profile: Profile | None, sample: Any) -> Optimized:
+        return optimize_as(
+            model,
+            profile,
+            chosen,
+            sample=sample,
+            verify=verify,
+            warn_refusals=named,
+            measure=not named if measure is None else measure,
+            memory=Remembered(store),
+        )
+
+    fast = made(model, profile, sample)
+    if on_drift is not None:
+        if profile is None:
+            raise PassError("optimize: on_drift needs a profile to compare loads with")
+        fast._follower = Follower(fast, model, profile, on_drift, made)
+    return fast
 
 
 def optimize_as(

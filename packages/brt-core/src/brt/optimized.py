@@ -6,6 +6,7 @@ import functools
 import os
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -17,6 +18,7 @@ from brt.guard import Count, Guard, Guarded, Skip
 from brt.report.data import Report
 
 if TYPE_CHECKING:
+    from brt.drift import Follower
     from brt.passes.base import Pass
     from brt.profile import Profile
 
@@ -148,15 +150,19 @@ class Optimized(NotPickled, nn.Module):
 
     _report: Report
     _made_by: tuple[tuple[Pass, ...], Profile | None]
+    _follower: Follower | None
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         # The very containers: who changes them in one place changes them in the other
         self.__dict__.update({name: model.__dict__[name] for name in _BOOKKEEPING})
         self._behind = (model,)  # in a tuple, where torch.nn does not look
+        self._follower = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model returns."""
+        if self._follower is not None and not torch.compiler.is_compiling():
+            self._follower.called(args, kwargs)
         return self._behind[0].forward(*args, **kwargs)
 
     @property
@@ -166,17 +172,34 @@ class Optimized(NotPickled, nn.Module):
 
     @property
     def stats(self) -> Mapping[str, Count]:
-        """Guard -> how often its assumption held (hits), and did not (fallbacks)."""
-        return self.counts()
+        """Guard -> how often its assumption held (hits), and did not (fallbacks).
+
+        With ``on_drift``, also ``load:<router>`` -> its `brt.Drift`; this reads the device.
+        """
+        return {**self.counts(), **(self._follower.loads.read() if self._follower else {})}
+
+    @property
+    def replans(self) -> int:
+        """How often another plan took over (``on_drift``)."""
+        return self._follower.replans if self._follower else 0
 
     def counts(self) -> Mapping[str, Count]:
-        """`stats` as a method."""
+        """`stats` of the guards alone."""
         return {guard.name: guard.read() for guard in self._guards()}
 
     def reset_stats(self) -> None:
         """Count from zero again."""
         for guard in self._guards():
             guard.reset()
+        if self._follower is not None:
+            self._follower.loads.reset()
+
+    def _take(self, other: Optimized) -> None:
+        """Run as ``other`` from the next call on; a call that is under way ends as it began."""
+        model = other._behind[0]
+        self._behind = (model,)
+        self.__dict__.update({name: model.__dict__[name] for name in _BOOKKEEPING})
+        self._report, self._made_by = replace(other._report, stats=self.counts), other._made_by
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write how this was made: passes, profile, and what was measured; no weights.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+import threading
 import os
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -95,6 +96,7 @@ class Tracer(fx.Tracer):
         self.sample = None if sample is None else as_call(sample)
         self.opaque: dict[str, str] = {}
         self.failed_at: str | None = None
+        self._thread = threading.get_ident()
         with torch.enable_grad():
             self._modes = _modes()
         self._parameters: dict[str, fx.Proxy] = {}
@@ -118,6 +120,8 @@ class Tracer(fx.Tracer):
         kwargs: dict[str, Any],
     ) -> Any:
         """One node for a leaf, with its outputs unpacked; other modules are opened."""
+        if self._is_elsewhere():
+            return forward(*args, **kwargs)
         path = self.path_of_module(m)
         if self.is_leaf_module(m, path):
             out = super().call_module(m, forward, args, kwargs)
@@ -195,8 +199,14 @@ class Tracer(fx.Tracer):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         """A parameter or buffer as a node."""
+        if self._is_elsewhere():
+            return attr_val
         self._parameters = parameter_proxy_cache
         return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def _is_elsewhere(self) -> bool:
+        """Whether another thread calls a module meanwhile: torch.fx patches nn.Module for all."""
+        return threading.get_ident() != self._thread
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         """Refuse."""

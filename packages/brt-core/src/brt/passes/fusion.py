@@ -157,7 +157,7 @@ class Fusion:
 
     def apply(self, graph: fx.GraphModule, ctx: Context) -> None:
         """Put a packed scatter and the fused branches in place of the scatter and the branches."""
-        old, packed = self.scatter.node, pack(self.scatter.router)
+        old, packed = self.scatter.node, pack(self.scatter)
         scatter_name = ctx.insert(graph, packed, "packed_scatter")
         fused_name = ctx.insert(graph, self.fused, self.fused.label)
         with graph.graph.inserting_after(old):
@@ -211,9 +211,10 @@ def branches_of(
     return gather, inside
 
 
-def pack(router: ScatterRouter) -> ScatterRouter:
+def pack(scatter: Scatter) -> ScatterRouter:
     """A scatter that decides as another does, and gives packed rows."""
-    return ScatterRouter(
+    router = scatter.router
+    packed = ScatterRouter(
         router.protocol,
         router.num_paths,
         weighted=router.weighted,
@@ -221,6 +222,8 @@ def pack(router: ScatterRouter) -> ScatterRouter:
         inherit_weights=router.inherit_weights,
         result="packed",
     )
+    packed.stands_for = scatter.target
+    return packed
 
 
 class _Timed(fx.Interpreter):

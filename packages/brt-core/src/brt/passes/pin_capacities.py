@@ -119,7 +119,7 @@ def _pin(graph: fx.GraphModule, ctx: Context, scatter: Scatter, percentile: floa
     if not any(capacity_P):
         raise NotFusableError("the profile saw no rows on any path")
     guard = ctx.guard(scatter.name, f"no path has more rows than {capacity_P}")
-    pinned = PinnedScatter(ctx.scope, scatter.target, pack(scatter.router), capacity_P)
+    pinned = PinnedScatter(ctx.scope, scatter.target, pack(scatter), capacity_P)
     merged = PinnedGather(guard, ctx.scope, reader.graphs, capacity_P)
     _rewrite(graph, ctx, scatter, gather, pinned, merged)
     ctx.note(

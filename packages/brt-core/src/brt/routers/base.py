@@ -20,6 +20,8 @@ class Router(nn.Module):
 
     waits_for_others: ClassVar[bool] = False
     """Whether a call ends only when other processes make it too: nothing may repeat it alone."""
+    stands_for: str = ""
+    """The router of the model, by its name in the region, that a pass put this one in place of."""
 
     def __init__(self) -> None:
         super().__init__()
