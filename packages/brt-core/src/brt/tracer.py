@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import operator
-import threading
 import os
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
