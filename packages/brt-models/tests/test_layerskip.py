@@ -19,6 +19,7 @@ from brt.errors import BrtError, CheckpointError
 from brt_models import _plugin, layerskip
 from brt_models.layerskip import Curriculum, LayerSkip, LayerSkipConfig, loss, speculate
 from brt_models.layerskip.training import dropout_of, exit_weight
+from brt_models.workloads.layerskip import decoding
 
 TINY: dict[str, Any] = {
     "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 5,
@@ -183,6 +184,7 @@ def test_speculation_equals_greedy_decoding(exit_layer: int, num_drafts: int) ->
     found = speculate(model, ids_BS, 12, exit_layer=exit_layer, num_drafts=num_drafts)
     assert torch.equal(found.ids_BS, greedy(model, ids_BS, 12))
     assert 0 < found.num_accepted < found.num_drafted, "drafts all right, or all wrong"
+    assert torch.equal(model.greedy(ids_BS, 12), found.ids_BS)
     for row, ids_S in enumerate(ids_BS.split(1)):
         alone = speculate(model, ids_S, 12, exit_layer=exit_layer, num_drafts=num_drafts)
         assert torch.equal(alone.ids_BS[0], found.ids_BS[row])
@@ -331,8 +333,21 @@ def test_bad_settings_and_tokens() -> None:
         model.generate(words(1, 5), 60)
 
 
+@torch.inference_mode()
+def test_workload_variants_agree() -> None:
+    workload = decoding(
+        torch.device("cpu"), torch.float64, dim=16, num_layers=4, batch=2, prompt=3, new_tokens=6
+    )
+    assert workload.reference is not None
+    for variant in workload.variants:
+        run = variant.make()
+        for arguments in workload.sets:
+            assert torch.equal(run(*arguments), workload.reference(*arguments)), variant.name
+
+
 def test_offered() -> None:
     with plugins.using(_plugin):
+        assert "layerskip" in plugins.collect("workloads")
         spec = plugins.get("models", "layerskip")
     assert spec.factory()(*spec.sample()).shape == (16, 256)
     assert spec.load is layerskip.load

@@ -13,12 +13,22 @@ import torch
 from safetensors.torch import save_file
 
 from brt import cli, plugins
-from brt_models import _plugin, classsr, dynamic_routing, layerskip, msdnet, ranet, switch, taskmoe
+from brt_models import (
+    _plugin,
+    classsr,
+    dynamic_routing,
+    layerskip,
+    msdnet,
+    ranet,
+    swin_moe,
+    switch,
+    taskmoe,
+)
 from brt_models.msdnet import checkpoint as msdnet_files
 from brt_models.sparse_decoder import SparseBlock, SparseBlockConfig
 
 # Their weights lie in several files, which Python puts together
-IN_PARTS = {"livesr", "swin-moe", "swinv2-moe"}
+IN_PARTS = {"livesr"}
 
 MIXTRAL = {
     "model_type": "mixtral", "hidden_size": 8, "intermediate_size": 12, "num_local_experts": 4,
@@ -58,6 +68,12 @@ def mixtral(path: Path) -> None:
     save_file(named, path / "model.safetensors")
 
 
+def ranks(model: swin_moe.SwinMoE, path: Path) -> None:
+    """A folder with what each of two ranks saved."""
+    path.mkdir()
+    swin_moe.save_ranks(model, path / "model.pth", 2)
+
+
 # Model -> how a checkpoint of it is written, and the options that it needs
 CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "switch-base-8": (lambda path: switch.save(switch.narrow(4), path), ()),
@@ -70,6 +86,8 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
         lambda path: dynamic_routing.save_checkpoint(dynamic_routing.small(), path), ()
     ),
     "classsr": (lambda path: classsr.save(classsr.small(), path), ()),
+    "swin-moe": (lambda path: ranks(swin_moe.small(7), path), ()),
+    "swinv2-moe": (lambda path: ranks(swin_moe.small_v2(), path), ()),
 }  # fmt: skip
 
 
@@ -94,7 +112,8 @@ def test_a_checkpoint_of_another_model_is_refused(name: str, run: Run, tmp_path:
     folder.mkdir()
     (folder / "config.json").write_text('{"model_type": "bert"}')
     torch.save({"bert.pooler.weight": torch.zeros(2)}, folder / "pytorch_model.bin")
-    in_folder = name in ("switch-base-8", "mixtral-block", "layerskip", "taskmoe")
+    torch.save({"bert.pooler.weight": torch.zeros(2)}, folder / "bert.pth.rank0")
+    in_folder = name in ("switch-base-8", "mixtral-block", "layerskip", "taskmoe") or "swin" in name
     path = folder if in_folder else folder / "pytorch_model.bin"
     options = ("--option", "network=A") if name == "dynamic-routing" else ()
     code, out, err = run("load", name, "--checkpoint", str(path), *options)

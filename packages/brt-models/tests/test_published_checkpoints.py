@@ -173,7 +173,7 @@ def test_nearest_published_network_is_named(tmp_path: Path) -> None:
     path = as_theirs(tmp_path / "made.pth", "msdnet", state)
     with pytest.raises(CheckpointError) as failure:
         msdnet.load_checkpoint(path)
-    assert "nearest to small of imagenet-4, imagenet-6" in str(failure.value)
+    assert "nearest to small of small, imagenet-4, imagenet-6" in str(failure.value)
     assert failure.value.complaints == ("classifier.1.linear.bias is [5], not [3]",)
     with pytest.raises(CheckpointError, match="it is of another model"):
         ranet.load_checkpoint(as_theirs(path, "ranet", {"conv1.weight": torch.zeros(1)}))

@@ -7,6 +7,7 @@ from brt_models import early_exit_decoder, layerskip, mixture_of_depths, sparse_
 from brt_models.loaders import sparse_block_loader
 from brt_models.sparse_decoder import SparseBlockConfig
 from brt_models.workloads import dynamic_depth
+from brt_models.workloads import layerskip as layerskip_workloads
 from brt_models.workloads import sparse_decoder as sparse_decoder_workloads
 from brt_models.workloads import switch as switch_workloads
 
@@ -104,5 +105,10 @@ WORKLOADS = (
         name="early-exit-decoder",
         summary="a decoder whose sequences leave at different layers",
         factory=dynamic_depth.early_exit_decoder,
+    ),
+    brt.WorkloadSpec(
+        name="layerskip",
+        summary="a Llama's words, drafted by its first layers and verified by the others",
+        factory=layerskip_workloads.decoding,
     ),
 )

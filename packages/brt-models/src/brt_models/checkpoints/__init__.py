@@ -12,7 +12,7 @@ All raise `BrtError`; what does not fit a model is a
 
 from brt.errors import CheckpointError
 from brt_models.checkpoints.fitting import assign, check_fit, refuse
-from brt_models.checkpoints.published import load_published, save_published
+from brt_models.checkpoints.published import load_published, nearest, num_classes, save_published
 from brt_models.checkpoints.reading import read, read_beside, read_config
 from brt_models.checkpoints.writing import write, write_folder
 
@@ -21,6 +21,8 @@ __all__ = [
     "assign",
     "check_fit",
     "load_published",
+    "nearest",
+    "num_classes",
     "read",
     "read_beside",
     "read_config",

@@ -46,19 +46,29 @@ def load_published(
     tensors = read(path)
     config = config or _config_in(path, kind, what)
     choices = candidates(tensors) if config is None else {"": config}
-    best, likeness, nearest = None, -1.0, ""
+    name, model = nearest(tensors, make, choices)
+    among = f", nearest to {name} of {', '.join(choices)}," if len(choices) > 1 else ""
+    assign(model, tensors, f"{what}: {path}{among}", torch.float32)
+    return model.eval()
+
+
+def nearest(
+    tensors: Mapping[str, Tensor], make: Callable[[C], M], choices: Mapping[str, C]
+) -> tuple[str, M]:
+    """(the config whose model has most of these names and shapes, that model on the meta device).
+
+    The first one where all are the same, or none: networks of one kind share some.
+    """
+    found: dict[str, tuple[float, M]] = {}
     for name, choice in choices.items():
         with torch.device("meta"):
             model = make(choice)
-        found = _likeness(model.state_dict(), tensors)
-        if found > likeness:
-            best, likeness, nearest = model, found, name
-        if likeness == 1:
-            break
-    assert best is not None
-    among = f", nearest to {nearest} of {', '.join(choices)}," if len(choices) > 1 else ""
-    assign(best, tensors, f"{what}: {path}{among}", torch.float32)
-    return best.eval()
+        own = model.state_dict()
+        found[name] = _likeness(own, tensors), model
+        if found[name][0] == 1 or not own.keys() & tensors.keys():
+            return name, model
+    name = max(found, key=lambda name: found[name][0])
+    return name, found[name][1]
 
 
 def num_classes(tensors: Mapping[str, Tensor], bias: str, default: int) -> int:

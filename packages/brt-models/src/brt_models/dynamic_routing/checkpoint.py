@@ -10,7 +10,6 @@ from torch import Tensor
 
 from brt.errors import BrtError
 from brt_models import checkpoints
-from brt_models.checkpoints.published import num_classes
 from brt_models.dynamic_routing.config import DynamicRoutingConfig
 from brt_models.dynamic_routing.network import DynamicRouting
 
@@ -36,7 +35,7 @@ def load_checkpoint(
             )
         published = DynamicRoutingConfig.cityscapes(network)
         bias = "sem_seg_head.predictor.bias"
-        classes = num_classes(tensors, bias, published.num_classes)
+        classes = checkpoints.num_classes(tensors, bias, published.num_classes)
         return {network: replace(published, num_classes=classes)}
 
     return checkpoints.load_published(

@@ -187,6 +187,17 @@ class LayerSkip(nn.Module):
             depths.append(depth_B[:, None])
         return ids_BS, torch.cat(depths, 1)
 
+    @torch.no_grad()
+    def greedy(self, ids_BS: Tensor, max_new_tokens: int = 20) -> Tensor:
+        """``[B, S + new]``: each word is the likeliest of the whole model, one after another."""
+        cache = self.read_prompt(ids_BS, max_new_tokens)
+        for _ in range(max_new_tokens):
+            position_B1 = torch.full_like(ids_BS[:, :1], ids_BS.shape[1] - 1)
+            x_B1D = self.model.embed_tokens(ids_BS[:, -1:])
+            x_B1D = self.run(x_B1D, 0, None, position_B1, cache)
+            ids_BS = torch.cat([ids_BS, self.head(x_B1D).argmax(-1)], 1)
+        return ids_BS
+
 
 def _positions(ids_BS: Tensor) -> Tensor:
     return torch.arange(ids_BS.shape[1], device=ids_BS.device).expand(ids_BS.shape)

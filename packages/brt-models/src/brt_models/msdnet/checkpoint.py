@@ -9,16 +9,15 @@ from os import PathLike
 from torch import Tensor
 
 from brt_models import checkpoints
-from brt_models.checkpoints.published import num_classes
 from brt_models.msdnet.config import MSDNetConfig
 from brt_models.msdnet.network import MSDNet
 
 _PUBLISHED = {
+    "small": MSDNetConfig(),
     "imagenet-4": MSDNetConfig.imagenet(4),
     "imagenet-6": MSDNetConfig.imagenet(6),
     "imagenet-7": MSDNetConfig.imagenet(7),
     "cifar": MSDNetConfig.cifar(),
-    "small": MSDNetConfig(),
 }
 
 
@@ -42,6 +41,8 @@ def save_checkpoint(model: MSDNet, path: str | PathLike[str]) -> None:
 def _candidates(tensors: Mapping[str, Tensor]) -> dict[str, MSDNetConfig]:
     bias = "classifier.0.linear.bias"
     return {
-        name: replace(config, num_classes=num_classes(tensors, bias, config.num_classes))
+        name: replace(
+            config, num_classes=checkpoints.num_classes(tensors, bias, config.num_classes)
+        )
         for name, config in _PUBLISHED.items()
     }

@@ -9,14 +9,13 @@ from os import PathLike
 from torch import Tensor
 
 from brt_models import checkpoints
-from brt_models.checkpoints.published import num_classes
 from brt_models.ranet.config import RANetConfig
 from brt_models.ranet.network import RANet
 
 _PUBLISHED = {
+    "small": RANetConfig(),
     "cifar": RANetConfig.cifar(),
     "imagenet": RANetConfig.imagenet(),
-    "small": RANetConfig(),
 }
 
 
@@ -40,6 +39,8 @@ def save_checkpoint(model: RANet, path: str | PathLike[str]) -> None:
 def _candidates(tensors: Mapping[str, Tensor]) -> dict[str, RANetConfig]:
     bias = "classifier.0.linear.bias"
     return {
-        name: replace(config, num_classes=num_classes(tensors, bias, config.num_classes))
+        name: replace(
+            config, num_classes=checkpoints.num_classes(tensors, bias, config.num_classes)
+        )
         for name, config in _PUBLISHED.items()
     }
