@@ -120,6 +120,7 @@ def brt_models() -> Iterable[brt.ModelSpec]:
         cells="a token",
         paper="Hwang et al., Tutel (MLSys 2023); Liu et al. (ICCV 2021)",
         checkpoints=("tutel-ranks",),
+        load=loaders.load_swin_moe,
     )
     yield brt.ModelSpec(
         name="swinv2-moe",
@@ -130,6 +131,7 @@ def brt_models() -> Iterable[brt.ModelSpec]:
         cells="a token",
         paper="Hwang et al., Tutel (MLSys 2023); Liu et al. (CVPR 2022)",
         checkpoints=("tutel-ranks",),
+        load=loaders.load_swin_moe,
     )
     yield from MODELS
 
