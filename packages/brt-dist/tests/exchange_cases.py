@@ -5,14 +5,18 @@ Legend: W ranks, G experts on a rank, R rows, D features.
 
 from __future__ import annotations
 
+import time
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 import brt_dist
-from brt_dist import reference
+from brt_dist import agree, reference
+from brt_dist.exchange import exchange_counts, start
+from brt_dist.groups import resolve
 
 Group = dist.ProcessGroup | None
 GROUPS: dict[tuple[int, ...], dist.ProcessGroup] = {}
@@ -189,3 +193,29 @@ def call(rank: int, wrong_rank: int, wrong: str) -> str:
             brt_dist.agree.VERSION = 1
             brt_dist.agree._header.cache_clear()
     return "no error"
+
+
+def counts_travel_once(rank: int) -> int:
+    """How many messages of counts three flows need."""
+    counts_WG = counts_of(rank, dist.get_world_size(), 3, "", 5)
+    flows = tuple(torch.ones(int(counts_WG.sum()), size) for size in (1, 2, 3))
+    with mock.patch.object(agree, "_swap", wraps=agree._swap) as swap:
+        brt_dist.sparse_all_to_all(flows, counts_WG)
+    return int(swap.call_count)
+
+
+def rows_travel_in_the_background(rank: int) -> tuple[float, float]:
+    """When a rank went on, and when it had its rows; rank 1 sends its own late."""
+    counts_WG = torch.ones(dist.get_world_size(), 2, dtype=torch.int64)
+    rows = torch.full((int(counts_WG.sum()), 1000), float(rank))
+    if rank == 1:
+        (exchange,), _ = exchange_counts((rows,), [counts_WG], resolve(None))
+        time.sleep(0.5)
+        sent = time.time()
+        start(rows, exchange, ())()
+        return sent, sent
+    handle = brt_dist.sparse_all_to_all(rows, counts_WG, async_op=True)
+    went_on = time.time()
+    came, _ = handle.wait()
+    assert torch.equal(came[:, 0].unique(), torch.arange(dist.get_world_size()).float())
+    return went_on, time.time()

@@ -5,7 +5,9 @@ Legend: W ranks, N cells of all ranks, P experts, K choices per cell, D model an
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -14,6 +16,9 @@ from torch.nn import functional as F
 
 import brt
 import brt_dist
+from brt.route import make_route
+from brt_dist import experts
+from brt_dist.stacked import Activation
 
 DIM, HIDDEN = 5, 4
 HOSTS: dict[int, brt_dist.Hosts] = {}
@@ -64,10 +69,12 @@ def transport_of(name: str) -> brt_dist.Transport:
         return brt_dist.Transport(degree=int(name[-1]))
     if name.startswith("hosts"):
         return brt_dist.Transport(hosts=hosts_of(int(name[-1])))
+    if name.startswith("capacity"):
+        return brt_dist.Transport(capacity=int(name.removeprefix("capacity")))
     return brt_dist.Transport(replicated=name == "replicated")
 
 
-def activation_of(layer: Layer, by_function: bool) -> brt_dist.experts.Activation:
+def activation_of(layer: Layer, by_function: bool) -> Activation:
     if by_function:
         return swiglu if layer.gated else F.gelu
     return "swiglu" if layer.gated else "gelu"
@@ -211,3 +218,41 @@ def wrong_hosts(rank: int) -> list[str]:
         except brt.BrtError as error:
             errors.append(str(error))
     return errors
+
+
+def beyond_capacity(rank: int, capacity: int) -> None:
+    """Of each rank's rows for an expert the first are kept, as by a capacity in one process."""
+    layer = Layer(skewed=True, num_experts=5, sizes=(9, 9, 9, 9))
+    x_ND, choice_NK, weight_NK, _ = tensors_of(layer, 9 + rank)
+    weights = tensors_of(layer, 9)[3]
+    decision = brt.Decision(5, choice_NK=choice_NK, weight=weight_NK, capacity=capacity)
+    kept_NK = torch.where(make_route(decision, 9 + rank).row_NK >= 0, choice_NK, -1)
+    assert bool((kept_NK != choice_NK).any())
+    biases = {"up_bias_PH": weights[2], "down_bias_PD": weights[3]}
+    wanted = brt.ExpertRouter(5)(x_ND, kept_NK, weight_NK, *weights[:2], **biases)
+    parallel = brt_dist.ExpertParallel(
+        *weights[:2], **biases, transport=brt_dist.Transport(capacity=capacity)
+    )
+    for _ in range(2):
+        close(parallel(x_ND, choice_NK, weight_NK), wanted)
+
+
+def sizes_never_change(rank: int) -> set[tuple[int, ...]]:
+    """The sizes that travel, whatever the gate decides; counts are compared once."""
+    layer = Layer()
+    parallel = brt_dist.ExpertParallel(
+        *tensors_of(layer, 1)[3][:2], transport=brt_dist.Transport(capacity=6)
+    )
+    sizes, agrees = set(), 0
+    for seed in range(3):
+        x_ND, choice_NK, weight_NK, _ = tensors_of(dataclasses.replace(layer, seed=seed), 6)
+        with (
+            mock.patch.object(dist, "all_to_all_single", wraps=dist.all_to_all_single) as swap,
+            mock.patch.object(experts, "agree", wraps=experts.agree) as agree,
+            torch.no_grad(),
+        ):
+            parallel(x_ND, choice_NK, weight_NK)
+        agrees += agree.call_count
+        sizes |= {tuple(call.args[0].shape) for call in swap.call_args_list[-2:]}
+    assert agrees == 1
+    return sizes

@@ -44,6 +44,15 @@ def test_flows_share_counts(async_op: bool, ranks: Ranks) -> None:
     ranks.run(cases.flows_share_counts, async_op)
 
 
+def test_counts_travel_once(ranks: Ranks) -> None:
+    assert ranks.run(cases.counts_travel_once) == [1] * ranks.num_ranks
+
+
+def test_rows_travel_in_the_background(ranks_of: Callable[[int], Ranks]) -> None:
+    (went_on, had_rows), (sent, _), _ = ranks_of(3).run(cases.rows_travel_in_the_background)
+    assert went_on < sent < had_rows
+
+
 @pytest.mark.parametrize("async_op", [False, True])
 @pytest.mark.parametrize("case", EMPTINESS)
 def test_gradients(case: str, async_op: bool, ranks: Ranks) -> None:

@@ -26,7 +26,7 @@ LAYERS = {
     "no bias, gelu": Layer(bias=False, gated=False, seed=7),
     "no weights": Layer(weighted=False, seed=8),
 }
-TRANSPORTS = ("plain", "overlap3", "replicated")
+TRANSPORTS = ("plain", "overlap3", "replicated", "capacity21")
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
@@ -68,7 +68,7 @@ def test_only_experts_have_gradients(transport: str, ranks: Ranks) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ("choice", r"on rank 1: a choice must be a path in range(4) or -1, got 9"),
+        ("choice", r"on rank 1: a choice must be a path in range(4) or -1: got 9"),
         ("cells", "on rank 1: ParallelExpertRouter: cells and choices"),
         ("experts", "rank 1 sends rows of float32 [5] for 3 experts on 3 ranks"),
         ("placement", "rank 1 sends rows of float32 [5] for 4 experts on 3 ranks (placement"),
@@ -99,4 +99,17 @@ def test_transport_takes_one_choice() -> None:
         brt_dist.Transport(degree=0)
     with pytest.raises(brt_dist.ParallelError, match="choose one of degree=2"):
         brt_dist.Transport(degree=2, replicated=True)
-    assert asdict(brt_dist.Transport()) == {"degree": 1, "hosts": None, "replicated": False}
+    with pytest.raises(brt_dist.ParallelError, match="capacity must be at least 1, got 0"):
+        brt_dist.Transport(capacity=0)
+    assert list(asdict(brt_dist.Transport()).values()) == [1, None, False, None]
+
+
+def test_rows_beyond_a_capacity_are_dropped(ranks: Ranks) -> None:
+    for capacity in (1, 3):
+        ranks.run(cases.beyond_capacity, capacity)
+
+
+def test_padded_sizes_never_change(ranks_of: Callable[[int], Ranks]) -> None:
+    (first, *others) = ranks_of(2).run(cases.sizes_never_change)
+    assert len(first) == 1
+    assert others == [first]

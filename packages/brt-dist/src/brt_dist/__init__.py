@@ -12,6 +12,7 @@ from brt_dist.hierarchical import (
     hierarchical_all_to_all,
     reverse_hierarchical_all_to_all,
 )
+from brt_dist.locality import Assignment, assign_sources, return_to_assigned
 from brt_dist.measure import measure_transports
 from brt_dist.parallelize import Parallelized, parallelize
 from brt_dist.placement import PlacementError, Plan, plan
@@ -21,6 +22,7 @@ from brt_dist.topology import Link, Topology
 from brt_dist.transport import Transport
 
 __all__ = [
+    "Assignment",
     "Checkpoint",
     "Exchange",
     "ExchangeError",
@@ -40,11 +42,13 @@ __all__ = [
     "Topology",
     "Transport",
     "TwoHops",
+    "assign_sources",
     "hierarchical_all_to_all",
     "measure_transports",
     "parallelize",
     "plan",
     "reference",
+    "return_to_assigned",
     "reverse_all_to_all",
     "reverse_hierarchical_all_to_all",
     "sparse_all_to_all",

@@ -7,67 +7,25 @@ D model and H hidden features (up has 2H rows where it is gated).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from brt import Decision, Route, Router, ops
-from brt.ops.grouped_linear import activate
 from brt.route import make_route
-from brt_dist.agree import telling
+from brt_dist.agree import agree, telling
 from brt_dist.errors import ParallelError
 from brt_dist.exchange import Exchange, exchange_counts, reverse_all_to_all, start
 from brt_dist.groups import Group
 from brt_dist.hierarchical import hierarchical_all_to_all, reverse_hierarchical_all_to_all
+from brt_dist.padded import Padded
 from brt_dist.replicated import add_up, gather_cells
 from brt_dist.spread import Placement, Spread
+from brt_dist.stacked import Activation, StackedExperts, share_of
 from brt_dist.transport import Transport
 
-Activation = str | Callable[[Tensor], Tensor]
 _DEFAULT = Transport()
-
-
-@dataclass(frozen=True, eq=False)
-class _Weights:
-    """The experts of this rank, as `brt.ExpertRouter` takes them."""
-
-    up_PHD: Tensor
-    up_bias_PH: Tensor | None
-    down_PDH: Tensor
-    down_bias_PD: Tensor | None
-    activation: Activation
-
-    def run(self, rows_RD: Tensor, load_G: Tensor) -> Tensor:
-        """What the experts make of rows that lie by expert."""
-        num_held = self.up_PHD.shape[0]
-        if num_held == 0:
-            # Of no rows, the same as on other ranks: shape, dtype under autocast, a backward
-            return self._of_one().run(rows_RD, load_G.new_zeros(1))
-        offsets = F.pad(load_G[:num_held].cumsum(0), (1, 0)).to(rows_RD.device)
-        name = self.activation if isinstance(self.activation, str) else "none"
-        fused = "none" if name == "swiglu" else name
-        hidden_RH = ops.grouped_linear(rows_RD, offsets, self.up_PHD, self.up_bias_PH, fused)
-        if name == "swiglu":
-            gate_RH, up_RH = hidden_RH.chunk(2, 1)
-            hidden_RH = activate(gate_RH, "silu") * up_RH
-        elif not isinstance(self.activation, str):
-            hidden_RH = self.activation(hidden_RH)
-        return ops.grouped_linear(hidden_RH, offsets, self.down_PDH, self.down_bias_PD)
-
-    def _of_one(self) -> _Weights:
-        def one(stacked: Tensor | None) -> Tensor | None:
-            if stacked is None:
-                return None
-            # Not zeros alone, so that the gradient of the empty parameter is empty, not None
-            return torch.cat([stacked, stacked.new_zeros(1, *stacked.shape[1:])])
-
-        up, down = one(self.up_PHD), one(self.down_PDH)
-        assert up is not None
-        assert down is not None
-        return _Weights(up, one(self.up_bias_PH), down, one(self.down_bias_PD), self.activation)
 
 
 class ParallelExpertRouter(Router):
@@ -90,6 +48,7 @@ class ParallelExpertRouter(Router):
         self.num_paths = spread.num_experts
         self.spread = spread
         self.transport = transport
+        self._agreed: set[str] = set()
 
     @torch.compiler.disable
     def forward(
@@ -106,7 +65,7 @@ class ParallelExpertRouter(Router):
     ) -> Tensor:
         """``[N, D]`` -> ``[N, D]`` for the cells of this rank."""
         with telling("ParallelExpertRouter", self.spread.group):
-            weights = _Weights(
+            weights = StackedExperts(
                 self._own("up", up_PHD),
                 None if up_bias_PH is None else self._own("up_bias", up_bias_PH),
                 self._own("down", down_PDH),
@@ -117,8 +76,11 @@ class ParallelExpertRouter(Router):
             if self._observers:
                 self._observe(make_route(decision, x_ND.shape[0]), choice_NK)
             ops.same_size("ParallelExpertRouter: cells and choices", *_sizes(x_ND, choice_NK))
-            if not self.transport.replicated:
+            if not self.transport.replicated and self.transport.capacity is None:
                 chunks = [self._chunk(*part) for part in self._parts(x_ND, choice_NK, weight_NK)]
+        if self.transport.capacity is not None:
+            self._agree_once(x_ND)
+            return self._padded(x_ND, choice_NK, weight_NK, weights, self.transport.capacity)
         if self.transport.replicated:
             return self._replicated(x_ND, choice_NK, weight_NK, weights)
         if self.transport.hosts is not None:
@@ -163,7 +125,7 @@ class ParallelExpertRouter(Router):
         return rows_RD, route, counts_WG
 
     def _overlapped(
-        self, chunks: Sequence[tuple[Tensor, Route, Tensor]], weights: _Weights
+        self, chunks: Sequence[tuple[Tensor, Route, Tensor]], weights: StackedExperts
     ) -> Tensor:
         """Every chunk leaves at once; experts work on one while others are on their way."""
         counts = [counts_WG for _, _, counts_WG in chunks]
@@ -184,7 +146,7 @@ class ParallelExpertRouter(Router):
         return torch.cat(outs) if len(outs) > 1 else outs[0]
 
     def _by_hosts(
-        self, rows_RD: Tensor, route: Route, counts_WG: Tensor, weights: _Weights
+        self, rows_RD: Tensor, route: Route, counts_WG: Tensor, weights: StackedExperts
     ) -> Tensor:
         hosts = self.transport.hosts
         assert hosts is not None
@@ -192,8 +154,30 @@ class ParallelExpertRouter(Router):
         rows_RD = reverse_hierarchical_all_to_all(weights.run(rows_RD, hops.load_G), hops)
         return _combine(rows_RD, route)
 
+    def _padded(
+        self,
+        x_ND: Tensor,
+        choice_NK: Tensor,
+        weight_NK: Tensor | None,
+        weights: StackedExperts,
+        capacity: int,
+    ) -> Tensor:
+        group = self.spread.group
+        slot_NK = self.spread.slots(choice_NK, turn=dist.get_rank(group))
+        padded = Padded.of(slot_NK, capacity, self.spread.num_slots, group)
+        return padded.back(weights.run(padded.there(x_ND), padded.load_G()), weight_NK)
+
+    def _agree_once(self, x_ND: Tensor) -> None:
+        """Compare what never changes, at the first call; captures begin after that."""
+        words = f"rows of {x_ND.dtype} {list(x_ND.shape[1:])}, {self.transport} for {self.spread}"
+        if words not in self._agreed:
+            num_ranks = len(self.spread.held_W)
+            counts_W1 = torch.zeros(num_ranks, 1, dtype=torch.int64)
+            agree("ParallelExpertRouter", words, counts_W1, self.spread.group)
+            self._agreed.add(words)
+
     def _replicated(
-        self, x_ND: Tensor, choice_NK: Tensor, weight_NK: Tensor | None, weights: _Weights
+        self, x_ND: Tensor, choice_NK: Tensor, weight_NK: Tensor | None, weights: StackedExperts
     ) -> Tensor:
         group, held = self.spread.group, self.spread.held
         flows = [x_ND, choice_NK] if weight_NK is None else [x_ND, choice_NK, weight_NK]
@@ -260,17 +244,6 @@ class ExpertParallel(nn.Module):
             down_bias_PD=self.down_bias, activation=self.activation,
         )  # fmt: skip
         return out_ND
-
-
-def share_of(stacked: Tensor, spread: Spread) -> nn.Parameter:
-    """A parameter of this rank's experts."""
-    if stacked.shape[0] != spread.num_experts:
-        raise ParallelError(
-            f"stacked weights must hold {spread.num_experts} experts, got {list(stacked.shape)}"
-        )
-    own = stacked.detach()[list(spread.held)].clone()
-    wants = stacked.requires_grad or not isinstance(stacked, nn.Parameter)
-    return nn.Parameter(own, requires_grad=wants)
 
 
 def _sizes(x_ND: Tensor, choice_NK: Tensor) -> tuple[int, int]:

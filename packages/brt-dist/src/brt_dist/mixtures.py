@@ -12,10 +12,11 @@ from torch import nn
 
 from brt import ExpertRouter, GatherRouter, ScatterRouter
 from brt_dist.errors import ParallelError
-from brt_dist.experts import ParallelExpertRouter, share_of
+from brt_dist.experts import ParallelExpertRouter
 from brt_dist.groups import Group
 from brt_dist.routers import Elsewhere, ParallelGatherRouter, ParallelScatterRouter
 from brt_dist.spread import Placement, Spread
+from brt_dist.stacked import share_of
 from brt_dist.transport import Transport
 
 
@@ -107,8 +108,9 @@ def _branches(
     holder: nn.Module, path: str, name: str, scatter: ScatterRouter, settings: Settings
 ) -> Change:
     """The change of a module with a ScatterRouter, branches and a GatherRouter."""
-    if settings.transport.degree > 1 or settings.transport.replicated:
-        raise refused(path, "degree and replicated are for ExpertRouter only")
+    transport = settings.transport
+    if transport.degree > 1 or transport.replicated or transport.capacity is not None:
+        raise refused(path, "degree, replicated and capacity are for ExpertRouter only")
     if scatter.result != "paths":
         raise refused(path, f"its ScatterRouter has result={scatter.result!r}, not 'paths'")
     children = dict(holder.named_children())

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from brt import RouteError
+from brt import RouteError, checks
 from brt_dist.errors import ParallelError
 from brt_dist.groups import Group, resolve
 from brt_dist.segments import Reorder
@@ -123,23 +123,36 @@ class Spread:
         num_P = torch.tensor([len(ranks) for ranks in self.ranks_P])
         return num_P.cumsum(0) - num_P, num_P
 
+    @functools.cached_property
+    def _tables(self) -> dict[torch.device, tuple[Tensor, Tensor, Tensor]]:
+        return {}
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """(slots of places, first places, numbers of places), kept on the device: see captures."""
+        if device not in self._tables:
+            tables = (self.slot_Q, *self._places_P)
+            self._tables[device] = tuple(table.to(device) for table in tables)  # type: ignore[assignment]
+        return self._tables[device]
+
     def slots(self, choice_NK: Tensor, turn: int) -> Tensor:
         """Choices of experts as choices of slots; -1 stays.
 
         Cells take turns at the replicas of an expert; `turn` is that of the first.
         """
-        if choice_NK.numel() and int(choice_NK.max()) >= self.num_experts:
-            raise RouteError(
-                f"a choice must be a path in range({self.num_experts}) or -1, got "
-                f"{int(choice_NK.max())}"
+        if checks.wanted(choice_NK) and choice_NK.numel():
+            most = choice_NK.max()
+            checks.check_values(
+                most < self.num_experts,
+                f"a choice must be a path in range({self.num_experts}) or -1",
+                detail=lambda: f"got {int(most)}",
+                error=RouteError,
             )
-        device = choice_NK.device
-        place_NK = expert_NK = choice_NK.clamp(min=0)
+        slot_Q, first_P, num_P = self._on(choice_NK.device)
+        place_NK = expert_NK = choice_NK.clamp(0, self.num_experts - 1)
         if self.replicated:
-            first_P, num_P = (tensor.to(device) for tensor in self._places_P)
-            turn_N1 = torch.arange(turn, turn + choice_NK.shape[0], device=device)[:, None]
+            turn_N1 = torch.arange(turn, turn + choice_NK.shape[0], device=slot_Q.device)[:, None]
             place_NK = first_P[expert_NK] + turn_N1 % num_P[expert_NK]
-        return torch.where(choice_NK < 0, choice_NK, self.slot_Q.to(device)[place_NK])
+        return torch.where(choice_NK < 0, choice_NK, slot_Q[place_NK])
 
     def load_Q(self, load_P: Tensor) -> Tensor:
         """Rows for each place: replicas of an expert share its rows; on the host."""

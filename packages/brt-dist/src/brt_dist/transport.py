@@ -10,7 +10,7 @@ from brt_dist.hierarchical import Hosts
 
 @dataclass(frozen=True)
 class Transport:
-    """The choices there are; each gives the same result.
+    """The choices there are; each gives the same result, but for rows beyond a capacity.
 
     Attributes:
         degree: parts that the cells are cut into, so that the exchange of one overlaps with the
@@ -18,18 +18,25 @@ class Transport:
         hosts: exchange within hosts first, then between them; None = straight.
         replicated: gather all cells on all ranks instead of exchanging rows; it moves less where
             cells have more choices than there are ranks.
+        capacity: rows that a rank may have for one expert, in buffers of that size: nothing is read
+            from the device, and the layer can be captured in a CUDA graph. Rows beyond it are
+            dropped; with as many as the rank has cells none are.
     """
 
     degree: int = 1
     hosts: Hosts | None = None
     replicated: bool = False
+    capacity: int | None = None
 
     def __post_init__(self) -> None:
         """Check that the choices go together."""
         if self.degree < 1:
             raise ParallelError(f"Transport: degree must be at least 1, got {self.degree}")
-        if (self.degree > 1) + (self.hosts is not None) + self.replicated > 1:
+        if self.capacity is not None and self.capacity < 1:
+            raise ParallelError(f"Transport: capacity must be at least 1, got {self.capacity}")
+        others = (self.hosts is not None, self.replicated, self.capacity is not None)
+        if (self.degree > 1) + sum(others) > 1:
             raise ParallelError(
-                f"Transport: choose one of degree={self.degree}, hosts and replicated="
-                f"{self.replicated}"
+                f"Transport: choose one of degree={self.degree}, hosts, replicated="
+                f"{self.replicated} and capacity={self.capacity}"
             )

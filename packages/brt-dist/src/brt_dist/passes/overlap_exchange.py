@@ -15,6 +15,7 @@ from brt import PassError
 from brt.passes import Context, Pass
 from brt_dist.measure import measure_transports
 from brt_dist.passes.layers import Layer, first_call, gathered, layers, require_layers
+from brt_dist.transport import Transport
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class OverlapExchange(Pass):
         changed = False
         for layer in layers(graph, ctx):
             transport = layer.router.transport
-            if transport.degree > 1 or transport.hosts is not None or transport.replicated:
+            if transport != Transport():
                 ctx.leave(layer.target, f"its cells travel by {transport}, which was chosen")
                 continue
             degree = self._degree(layer, graph, ctx)
