@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from brt import losses
 from brt.cellflow.dry import UNKNOWN, DryRun, Unknown, quiet, tensors_in
 from brt.cellflow.routers import KnownCells, KnownRoute, each_of, route_of
-from brt.cellflow.states import Flow
+from brt.cellflow.states import Flow, Size
 from brt.cells import Cells
 from brt.errors import TraceError
 from brt.graph import as_call, expect
@@ -44,13 +44,32 @@ def cellflow(graph: fx.GraphModule, sample: Any = None) -> dict[fx.Node, Flow]:
         raise TraceError(f"cellflow: takes a graph (brt.trace(module)), got {type(graph).__name__}")
     if sample is None:
         return {node: _without_shapes(graph, node) for node in graph.graph.nodes}
+    return _analysed(graph, sample).flows
+
+
+def cellflow_with_rows(
+    graph: fx.GraphModule, sample: Any
+) -> tuple[dict[fx.Node, Flow], dict[fx.Node, Size]]:
+    """`cellflow`, and the number of rows of each node that gives one tensor.
+
+    A symbol where it depends on the input: equal symbols are equal for any input.
+    """
+    found = _analysed(graph, sample)
+    rows: dict[fx.Node, Size] = {}
+    for node, value in found.values.items():
+        if isinstance(value, Tensor) and value.ndim:
+            rows[node] = value.shape[0]
+    return found.flows, rows
+
+
+def _analysed(graph: fx.GraphModule, sample: Any) -> _Analysis:
     closed: set[fx.Node] = set()
     while True:
         analysis = _Analysis(graph, as_call(sample), closed)
         with quiet():
             node = analysis.run()
         if node is None:
-            return analysis.flows
+            return analysis
         closed.add(node)
 
 
@@ -73,7 +92,7 @@ class _Analysis:
         self._sample = sample
         self._closed = closed
         self._dry = DryRun()
-        self._values: dict[fx.Node, Any] = {}
+        self.values: dict[fx.Node, Any] = {}
         self._constant: set[fx.Node] = set()
         self._real: dict[fx.Node, Any] | None = None
 
@@ -93,7 +112,7 @@ class _Analysis:
                 value = self._as_on_sample(node)
             if self._is_constant(node, value):
                 self._constant.add(node)
-            self.flows[node], self._values[node] = flow, value
+            self.flows[node], self.values[node] = flow, value
         return None
 
     def _is_constant(self, node: fx.Node, value: Any) -> bool:
@@ -109,11 +128,11 @@ class _Analysis:
             return Flow("keeps", "the output"), None
         if node.op == "get_attr":
             return Flow("keeps", "a constant"), operator.attrgetter(str(node.target))(self._graph)
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._values.__getitem__)
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.values.__getitem__)
         inputs = node.all_input_nodes
-        if any(_has(self._values[n], Unknown) for n in inputs):
+        if any(_has(self.values[n], Unknown) for n in inputs):
             return Flow("mixes", "what it takes is not known without data"), UNKNOWN
-        cells = [t for n in inputs if n not in self._constant for t in tensors_in(self._values[n])]
+        cells = [t for n in inputs if n not in self._constant for t in tensors_in(self.values[n])]
         if node.op == "call_module":
             target: Any = self._graph.get_submodule(str(node.target))
             if isinstance(target, Router):

@@ -3,6 +3,7 @@
 from brt.passes.base import Call, Context, Left, Lowering, Pass, Record
 from brt.passes.batch_exits import BatchExits
 from brt.passes.capture import Capture
+from brt.passes.defer_operations import DeferOperations
 from brt.passes.drop_dead_paths import DropDeadPaths
 from brt.passes.fold_permanent_paths import FoldPermanentPaths
 from brt.passes.fuse_conv_chains import FuseConvChains
@@ -15,6 +16,7 @@ from brt.passes.preload_weights import PreloadWeights
 BUILTIN: tuple[type[Pass], ...] = (
     BatchExits,
     Capture,
+    DeferOperations,
     DropDeadPaths,
     FoldPermanentPaths,
     FuseConvChains,
@@ -28,6 +30,7 @@ BUILTIN: tuple[type[Pass], ...] = (
 DEFAULT: tuple[str, ...] = (
     "fuse-conv-chains",
     "fuse-horizontal",
+    "defer-operations",
     "fuse-vertical",
     "batch-exits",
     "drop-dead-paths",
@@ -42,6 +45,7 @@ __all__ = [
     "Call",
     "Capture",
     "Context",
+    "DeferOperations",
     "DropDeadPaths",
     "FoldPermanentPaths",
     "FuseConvChains",

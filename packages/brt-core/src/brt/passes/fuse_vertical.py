@@ -1,4 +1,4 @@
-"""fuse-vertical: batch norm goes into the layer before it, and ReLU into its result.
+"""fuse-vertical: batch norm and ReLU go into the layer before them, weights are laid out once.
 
 Legend: O output channels, C H W channels, height and width.
 """
@@ -15,7 +15,9 @@ from torch.nn import functional as F
 
 from brt.passes.base import Context, Pass
 from brt.passes.derived import DerivedTensors
-from brt.passes.match import module_of
+from brt.passes.match import argument, module_of
+from brt.passes.memory import layout_is_free
+from brt.passes.packed_conv import ConvCall, can_pack, pack, packed_conv
 
 _LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv1d: nn.BatchNorm1d,
@@ -28,27 +30,39 @@ _RELU = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
 
 @dataclass(frozen=True)
 class FuseVertical(Pass):
-    """Fold batch norm into the convolution or linear layer before it, and apply ReLU in place.
+    """Fold batch norm and ReLU into the convolution or linear layer before them.
 
-    Also inside ``nn.Sequential``, and ahead of the first router. It holds for evaluation, in which
+    Also inside ``nn.Sequential``, and ahead of the first router. On a CPU the weights of
+    convolutions are kept in the layout in which oneDNN computes. It holds for evaluation, in which
     batch norm is a scale and a shift for each channel; a model that trains runs its own layers.
     """
 
     name: ClassVar[str] = "fuse-vertical"
-    after: ClassVar[tuple[str, ...]] = ("fuse-conv-chains", "fuse-horizontal")
+    after: ClassVar[tuple[str, ...]] = ("fuse-conv-chains", "fuse-horizontal", "defer-operations")
 
     def run(self, graph: fx.GraphModule, ctx: Context) -> bool:
         """Replace layer, norm and ReLU, wherever they follow each other."""
-        num_fused = 0
+        found: list[Folded] = []
         for node in list(graph.graph.nodes):
             module = module_of(node, ctx.scope)
             if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
-                num_fused += _fuse_sequential(graph, ctx, node, module)
+                found += _fuse_sequential(graph, ctx, node, module)
             elif module is not None and type(module) in _LAYERS:
-                num_fused += _fuse_nodes(graph, ctx, node, module)
-        if num_fused:
-            ctx.note(f"{num_fused} batch norms are part of the layers before them")
-        return num_fused > 0
+                found += _fuse_nodes(graph, ctx, node, module)
+            elif node.target in (torch.conv2d, F.conv2d):
+                call = ConvCall.of(node, ctx.scope)
+                found += [] if call is None else _fuse_nodes(graph, ctx, node, call)
+        for node in graph.graph.nodes:
+            module = module_of(node, ctx.scope)
+            if isinstance(module, FoldedLayers):
+                module.keeps_layout = layout_is_free(node, ctx.scope)
+        num_norms = sum(part.norm is not None for part in found)
+        if num_norms:
+            ctx.note(f"{num_norms} batch norms are part of the layers before them")
+        num_packed = sum(can_pack(part.layer) for part in found)
+        if num_packed:
+            ctx.note(f"{num_packed} convolutions keep their weights in oneDNN's layout")
+        return bool(found)
 
     def tolerance(self, dtype: torch.dtype) -> tuple[float, float]:
         """Folding rounds a product of scale and weight: ten times a pass that reorders sums."""
@@ -58,7 +72,7 @@ class FuseVertical(Pass):
 
 @dataclass(frozen=True, eq=False)
 class Folded:
-    """A layer, the batch norm that follows it, and whether ReLU does."""
+    """A layer, the batch norm that follows it (or None), and whether ReLU does."""
 
     layer: Any
     norm: Any
@@ -75,12 +89,19 @@ class FoldedLayers(nn.Module):
         super().__init__()
         self._parts = tuple(parts)
         self._derived = DerivedTensors()
+        first = next(i for i, part in enumerate(parts) if isinstance(part, Folded))
+        self.inplace = any(_is_inplace(part) for part in parts[:first])
+        """Whether it may write to what it is given."""
+        self.gives_new_memory = first == 0
+        self.takes_any_layout = first == 0
+        self.keeps_layout = True
+        """Whether images may come out channels last where they came in otherwise."""
 
     def forward(self, x: Tensor) -> Tensor:
         """What the layers give."""
         for position, part in enumerate(self._parts):
             x = self._folded(position, part, x) if isinstance(part, Folded) else part(x)
-        return x
+        return x if self.keeps_layout else x.contiguous()
 
     def _folded(self, position: int, part: Folded, x: Tensor) -> Tensor:
         layer, norm = part.layer, part.norm
@@ -88,24 +109,41 @@ class FoldedLayers(nn.Module):
         trains = torch.is_grad_enabled() and (
             x.requires_grad or any(t.requires_grad for t in sources)
         )
-        if norm.training or trains or torch.is_autocast_enabled(x.device.type):
-            out: Tensor = norm(layer(x))
+        in_training = norm is not None and norm.training
+        if in_training or trains or torch.is_autocast_enabled(x.device.type):
+            out: Tensor = layer(x) if norm is None else norm(layer(x))
             return F.relu(out) if part.relu else out
-        weight, bias = self._derived.get(position, sources, lambda: folded(layer, norm))
+        if not torch.compiler.is_compiling() and can_pack(layer, x):
+            made = self._derived.get(
+                (position, "packed"), sources, lambda: pack(layer, *folded(layer, norm), x.shape)
+            )
+            return packed_conv(layer, x, *made, relu=part.relu)
+        weight, *bias = self._derived.get(position, sources, lambda: _present(folded(layer, norm)))
+        bias_O = bias[0] if bias else None
         if isinstance(layer, nn.Linear):
-            out = F.linear(x, weight, bias)
+            out = F.linear(x, weight, bias_O)
         else:
-            out = layer._conv_forward(x, weight, bias)
+            out = layer._conv_forward(x, weight, bias_O)
         return out.relu_() if part.relu else out
 
     def extra_repr(self) -> str:
         """How many layers of each kind."""
-        num_folded = sum(isinstance(part, Folded) for part in self._parts)
+        num_folded = sum(isinstance(p, Folded) and p.norm is not None for p in self._parts)
         return f"{num_folded} layers with their batch norm, {len(self._parts) - num_folded} others"
 
 
-def folded(layer: Any, norm: Any) -> tuple[Tensor, Tensor]:
+def _is_inplace(part: Any) -> bool:
+    return any(getattr(module, "inplace", False) for module in part.modules())
+
+
+def _present(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+    return tuple(t for t in tensors if t is not None)
+
+
+def folded(layer: Any, norm: Any) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of a layer that does what ``layer`` and then ``norm`` do in evaluation."""
+    if norm is None:
+        return layer.weight, layer.bias
     scale_O = torch.rsqrt(norm.running_var.double() + norm.eps)
     if norm.weight is not None:
         scale_O = scale_O * norm.weight.double()
@@ -120,38 +158,43 @@ def folded(layer: Any, norm: Any) -> tuple[Tensor, Tensor]:
 
 
 def _sources(layer: Any, norm: Any) -> list[Tensor]:
-    every = (layer.weight, layer.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    every = [layer.weight, layer.bias]
+    if norm is not None:
+        every += [norm.weight, norm.bias, norm.running_mean, norm.running_var]
     return [t for t in every if t is not None]
 
 
 def _fuse_sequential(
     graph: fx.GraphModule, ctx: Context, node: fx.Node, module: nn.Sequential
-) -> int:
+) -> list[Folded]:
     parts = list(_parts(list(_flat(module))))
-    num_folded = sum(isinstance(part, Folded) for part in parts)
-    if num_folded:
+    made = [part for part in parts if isinstance(part, Folded)]
+    if made:
         node.target = ctx.insert(graph, FoldedLayers(parts), "folded_layers")
-    return num_folded
+    return made
 
 
-def _fuse_nodes(graph: fx.GraphModule, ctx: Context, node: fx.Node, layer: nn.Module) -> int:
+def _fuse_nodes(graph: fx.GraphModule, ctx: Context, node: fx.Node, layer: Any) -> list[Folded]:
+    gone: list[fx.Node] = []
     follower = _only_user(node)
     norm = None if follower is None else module_of(follower, ctx.scope)
-    if follower is None or norm is None or not _can_fold(layer, norm):
-        return 0
-    last, relu = follower, _only_user(follower)
-    is_relu = relu is not None and (
-        relu.target in _RELU or type(module_of(relu, ctx.scope)) is nn.ReLU
-    )
-    if relu is not None and is_relu:
-        last = relu
-    part = Folded(layer, norm, is_relu)
-    node.target = ctx.insert(graph, FoldedLayers([part]), "folded_layers")
-    last.replace_all_uses_with(node)
-    for gone in (relu if is_relu else None, follower):
-        if gone is not None:
-            graph.graph.erase_node(gone)
-    return 1
+    if follower is not None and norm is not None and _can_fold(layer, norm):
+        gone.append(follower)
+    elif can_pack(layer):
+        norm = None
+    else:
+        return []
+    relu = _only_user([node, *gone][-1])
+    if relu is not None and (relu.target in _RELU or type(module_of(relu, ctx.scope)) is nn.ReLU):
+        gone.append(relu)
+    part = Folded(layer, norm, relu in gone)
+    target = ctx.insert(graph, FoldedLayers([part]), "folded_layers")
+    with graph.graph.inserting_before(node):
+        made = graph.graph.call_module(target, (argument(node, 0, "input"),))
+    [node, *gone][-1].replace_all_uses_with(made)
+    for one in reversed([node, *gone]):
+        graph.graph.erase_node(one)
+    return [part]
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
@@ -176,25 +219,27 @@ def _parts(layers: list[nn.Module]) -> Iterator[nn.Module | Folded]:
     position = 0
     while position < len(layers):
         layer, *following = layers[position : position + 3]
-        if not following or not _can_fold(layer, following[0]):
+        norm = following[0] if following and _can_fold(layer, following[0]) else None
+        if norm is None and not (can_pack(layer) and not _is_hooked(layer)):
             yield layer
             position += 1
             continue
-        is_relu = len(following) > 1 and type(following[1]) is nn.ReLU
-        is_relu = is_relu and not _is_hooked(following[1])
-        yield Folded(layer, following[0], is_relu)
-        position += 3 if is_relu else 2
+        following = following[norm is not None :]
+        is_relu = bool(following) and type(following[0]) is nn.ReLU
+        is_relu = is_relu and not _is_hooked(following[0])
+        yield Folded(layer, norm, is_relu)
+        position += 1 + (norm is not None) + is_relu
 
 
-def _can_fold(layer: nn.Module, norm: nn.Module) -> bool:
+def _can_fold(layer: Any, norm: nn.Module) -> bool:
     return (
-        type(layer) in _LAYERS
-        and type(norm) is _LAYERS[type(layer)]
+        (type(layer) in _LAYERS or isinstance(layer, ConvCall))
+        and type(norm) is _LAYERS.get(type(layer), nn.BatchNorm2d)
         and isinstance(norm, nn.modules.batchnorm._BatchNorm)
         and norm.running_mean is not None
         and not norm.training
         and not (isinstance(layer, nn.Linear) and layer.weight.ndim != 2)
-        and not _is_hooked(layer)
+        and not (isinstance(layer, nn.Module) and _is_hooked(layer))
         and not _is_hooked(norm)
     )
 

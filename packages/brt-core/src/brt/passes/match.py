@@ -123,6 +123,32 @@ def item_of(node: fx.Node, index: int) -> fx.Node | None:
     return None
 
 
+def flows_read(scatter: Scatter) -> tuple[tuple[int, ...], ...]:
+    """For each path, the flows (0 where there is only one) of which anything is read there."""
+    x = argument(scatter.node, 0, "x")
+    several = isinstance(x, (tuple, list))
+    num_flows = len(x) if several else 1
+    return tuple(
+        tuple(i for i in range(num_flows) if _is_read(start, i, num_flows, several))
+        for start in scatter.path_P
+    )
+
+
+def _is_read(start: fx.Node | None, flow: int, num_flows: int, several: bool) -> bool:
+    if start is None or not start.users:
+        return False
+    if not several or not takes_items(start):
+        return True
+    return item_of(start, flow) is not None or item_of(start, flow - num_flows) is not None
+
+
+def takes_items(node: fx.Node) -> bool:
+    """Whether all that read a node take one item of it each."""
+    return all(
+        user.target is operator.getitem and isinstance(user.args[1], int) for user in node.users
+    )
+
+
 def chains(graph: fx.Graph, scope: nn.Module) -> dict[fx.Node, Chain]:
     """On whose rows each node works: the path of the innermost scatter, in that of the next..."""
     chain_of: dict[fx.Node, Chain] = {}

@@ -1,4 +1,4 @@
-"""Whose memory a node's result is: its own, or that of what it was given."""
+"""Whose memory a node's result is, and whether it matters how it lies there."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FRESH_MODULES = (
     nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.LayerNorm,
     nn.GroupNorm, nn.RMSNorm, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.GELU, nn.SiLU,
     nn.Mish, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.Softplus, nn.Softmax,
-    nn.LogSoftmax, nn.Embedding,
+    nn.LogSoftmax, nn.Embedding, nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.MaxPool2d,
 )  # fmt: skip
 _FRESH_NAMES = (
     "add", "sub", "mul", "truediv", "div", "matmul", "mm", "bmm", "addmm", "neg", "pow", "exp",
@@ -24,7 +24,7 @@ _FRESH_NAMES = (
     "log_softmax", "linear", "conv1d", "conv2d", "conv3d", "layer_norm", "group_norm",
     "batch_norm", "leaky_relu", "elu", "clone", "sum", "mean", "amax", "amin", "argmax", "cat",
     "stack", "where", "eq", "ne", "lt", "le", "gt", "ge", "and_", "or_", "logical_not", "einsum",
-    "masked_fill", "index_select",
+    "masked_fill", "index_select", "interpolate",
 )  # fmt: skip
 _ALIAS_MODULES = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
 _ALIAS_NAMES = (
@@ -42,8 +42,22 @@ def fresh(node: fx.Node, scope: nn.Module) -> bool:
     if module is not None:
         if isinstance(router_of(node, scope), (ScatterRouter, GatherRouter)):
             return True
-        return isinstance(module, _FRESH_MODULES) and not getattr(module, "inplace", False)
+        return _gives_new_memory(module)
     return _name(node) in _FRESH_NAMES and not writes(node, scope)
+
+
+def _gives_new_memory(module: nn.Module) -> bool:
+    if type(module) is nn.Sequential:
+        parts = iter(module)
+        own = next((p for p in parts if not isinstance(p, _ALIAS_MODULES)), None)
+        # What follows may work in place on what is new
+        return own is not None and _gives_new_memory(own) and all(map(_known, parts))
+    new = isinstance(module, _FRESH_MODULES) or getattr(module, "gives_new_memory", False)
+    return new and not getattr(module, "inplace", False)
+
+
+def _known(module: nn.Module) -> bool:
+    return isinstance(module, (*_FRESH_MODULES, *_ALIAS_MODULES)) or _gives_new_memory(module)
 
 
 def alias(node: fx.Node, scope: nn.Module) -> bool:
@@ -64,6 +78,19 @@ def _name(node: fx.Node) -> str:
     known = known or getattr(torch, getattr(node.target, "__name__", ""), None) is node.target
     return getattr(node.target, "__name__", "") if known or node.target in _BUILTIN else ""
 
+
+# What computes the same however images lie in memory, and may give them as they lay
+_ANY_LAYOUT_MODULES = (
+    nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.ReLU, nn.ReLU6, nn.LeakyReLU,
+    nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.Identity,
+    nn.modules.dropout._DropoutNd, nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.MaxPool2d,
+)  # fmt: skip
+_ANY_LAYOUT_NAMES = (
+    "cat", "add", "iadd", "sub", "mul", "imul", "truediv", "relu", "relu_", "sigmoid", "tanh",
+    "interpolate", "conv2d", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "getitem",
+)  # fmt: skip
+# What gives something else, in a layout of its own
+_LAYOUT_ENDS = ("flatten", "reshape", "mean", "sum", "amax", "amin", "softmax", "linear", "size")
 
 _BUILTIN = (operator.getitem, getattr, F.linear, F.gelu)
 
@@ -107,3 +134,37 @@ def written_after(node: fx.Node, given: list[fx.Node], scope: nn.Module) -> str 
         if isinstance(target, fx.Node) and owner(target, scope) in owners:
             return f"{other.name} writes to the rows that were scattered"
     return None
+
+
+def layout_is_free(node: fx.Node, scope: nn.Module) -> bool:
+    """Whether all that reads images is indifferent to how they lie in memory (channels last)."""
+    seen, todo = {node}, [node]
+    while todo:
+        for user in todo.pop().users:
+            if user in seen:
+                continue
+            seen.add(user)
+            goes_on = _takes_any_layout(user, scope)
+            if goes_on is None:
+                return False
+            if goes_on:
+                todo.append(user)
+    return True
+
+
+def _takes_any_layout(node: fx.Node, scope: nn.Module) -> bool | None:
+    """None: no, or nobody knows; True: and its result may lie as what it takes."""
+    module = module_of(node, scope)
+    if module is not None:
+        if isinstance(router_of(node, scope), (ScatterRouter, GatherRouter)):
+            return False
+        if getattr(module, "takes_any_layout", False) or isinstance(
+            module, (nn.Flatten, nn.Linear)
+        ):
+            return False
+        parts = list(module) if type(module) is nn.Sequential else [module]
+        return True if all(isinstance(p, _ANY_LAYOUT_MODULES) for p in parts) else None
+    name = _name(node) or (node.target if node.op == "call_method" else "")
+    if name in _LAYOUT_ENDS or (name == "getattr" and node.args[1] in ("shape", "dtype", "device")):
+        return False
+    return True if name in _ANY_LAYOUT_NAMES else None

@@ -48,6 +48,7 @@ class Work:
         records: of the passes so far.
         changed: whether any of them changed the graph.
         verified: whether each pass is checked on the calls.
+        tolerances: of the passes that changed the graph: their errors add up.
         forms: the original, and what each pass that changed it made of it; empty where forms are
             not measured.
         wanted: the passes that were kept here before; None where that is not known.
@@ -65,6 +66,7 @@ class Work:
     records: list[Record] = field(default_factory=list)
     changed: bool = False
     verified: bool = False
+    tolerances: list[Tolerance] = field(default_factory=list)
     forms: list[Form] = field(default_factory=list)
     wanted: tuple[str, ...] | None = None
     candidates: tuple[Candidate, ...] = ()
@@ -257,8 +259,14 @@ def _run(one: Pass, work: Work, known: Mapping[str, bool]) -> Record:
 
 
 def _checked(one: Pass, work: Work) -> float | None:
+    work.tolerances.append(one.tolerance)
+
+    def loosest(dtype: torch.dtype) -> tuple[float, float]:
+        each = [tolerance(dtype) for tolerance in work.tolerances]
+        return max(relative for relative, _ in each), max(absolute for _, absolute in each)
+
     try:
-        return work.check(one.tolerance)
+        return work.check(loosest)
     except Moved as error:
         raise PassError(f"pass {one.name!r} changed the result of {work.name}: {error}") from error
     except Exception as error:
