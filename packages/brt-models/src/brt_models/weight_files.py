@@ -15,6 +15,7 @@ from torch import nn
 
 from brt.errors import BrtError
 from brt.files import atomic_write
+from brt_models.checkpoints import assign
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -52,10 +53,7 @@ def load(path: Path, who: str, make: Callable[[dict[str, Any]], M]) -> M:
         model = make(fields)
     except (AttributeError, TypeError, ValueError) as error:
         raise BrtError(f"{who}: {path}: its config does not fit: {error}") from error
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise BrtError(f"{who}: the weights of {path} do not fit its config: {error}") from error
+    assign(model, weights, f"{who}: {path}")
     return model.eval()
 
 
