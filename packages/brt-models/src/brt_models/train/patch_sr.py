@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from brt import annotate_patches
 from brt.errors import BrtError
 from brt.files import atomic_write
-from brt_models import photos, quality
+from brt_models import photos, quality, weight_files
 from brt_models.patch_sr import Gate, PatchSR, PatchSRConfig, centred, save
 from brt_models.resampling import enlarge
 from brt_models.train.crops import Crops
@@ -270,12 +270,17 @@ def main(
     started = time.perf_counter()
     model = train(recipe, PatchSRConfig(), log, torch.device(device))
     seconds = time.perf_counter() - started
-    save(model, out / "patch_sr.safetensors", asdict(recipe) | {"device": device})
+    record = {
+        "recipe": asdict(recipe),
+        "device": device,
+        "threads": threads,
+        "versions": weight_files.versions("torch", "scikit-image", "scikit-learn"),
+        "quality": report(model, console),
+    }
+    save(model, out / "patch_sr.safetensors", record)
     log.plot(out / "curves.png")
-    rows = report(model, console)
-    figures = {"seconds": round(seconds), "recipe": asdict(recipe), "photos": rows}
     with atomic_write(out / "figures.json") as beside:
-        beside.write_text(json.dumps(figures, indent=2) + "\n")
+        beside.write_text(json.dumps(record | {"seconds": round(seconds)}, indent=2) + "\n")
     console.print(f"trained in {seconds:.0f} s; wrote {out}")
 
 
