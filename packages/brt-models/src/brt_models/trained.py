@@ -52,7 +52,9 @@ TRAINED = (
         title="MSDNet for digits",
         cells="an image",
         paper="Huang et al. (ICLR 2018)",
+        checkpoints=("safetensors",),
         pretrained=msdnet.pretrained_digits,
+        load=msdnet.load,
     ),
     brt.ModelSpec(
         name="switch-text",
@@ -62,7 +64,9 @@ TRAINED = (
         title="Switch for text",
         cells="a byte",
         paper="Fedus et al. (JMLR 2022)",
+        checkpoints=("safetensors",),
         pretrained=switch_text.pretrained,
+        load=switch_text.load,
     ),
 )
 DEMOS = (
