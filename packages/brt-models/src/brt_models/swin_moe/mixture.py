@@ -58,7 +58,9 @@ class Experts(nn.Module):
         super().__init__()
         num_experts, hidden = config.num_experts, dim * config.mlp_ratio
         self.batched_fc1_w = nn.Parameter(torch.empty(num_experts, hidden, dim))
-        self.batched_fc2_w = nn.Parameter(torch.empty(num_experts, hidden, dim))
+        # Tutel's shape, but in memory as linear layers have it: nothing is copied to multiply
+        down_PCH = torch.empty(num_experts, dim, hidden)
+        self.batched_fc2_w = nn.Parameter(down_PCH.transpose(1, 2))
         self.batched_fc1_bias = nn.Parameter(torch.zeros(num_experts, hidden))
         self.batched_fc2_bias = nn.Parameter(
             torch.zeros(num_experts, dim), requires_grad=config.mlp_bias
