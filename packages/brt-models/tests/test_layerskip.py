@@ -165,6 +165,14 @@ def test_loop_is_profiled() -> None:
         assert router.cells == int((depth_B > step).sum())
 
 
+@torch.no_grad()
+def test_optimise_leaves_it_as_it_is() -> None:
+    model, batch = made(threshold=0.2), (words(8, 6),)
+    with pytest.warns(UserWarning, match="nothing to work on"):
+        fast = brt.optimize(model, brt.profile(model, [batch]), sample=batch)
+    torch.testing.assert_close(fast(words(3, 9)), model(words(3, 9)))
+
+
 def greedy(model: LayerSkip, ids_BS: Tensor, num_new: int) -> Tensor:
     for _ in range(num_new):
         ids_BS = torch.cat([ids_BS, model.full(ids_BS)[:, -1:].argmax(-1)], 1)

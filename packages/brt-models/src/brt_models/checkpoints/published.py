@@ -47,7 +47,8 @@ def load_published(
     config = config or _config_in(path, kind, what)
     choices = candidates(tensors) if config is None else {"": config}
     name, model = nearest(tensors, make, choices)
-    among = f", nearest to {name} of {', '.join(choices)}," if len(choices) > 1 else ""
+    several = len(choices) > 1 and bool(model.state_dict().keys() & tensors.keys())
+    among = f", nearest to {name} of {', '.join(choices)}," if several else ""
     assign(model, tensors, f"{what}: {path}{among}", torch.float32)
     return model.eval()
 

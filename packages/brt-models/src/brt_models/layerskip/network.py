@@ -55,6 +55,7 @@ class OneLayer(nn.Module):
         """(after a layer, how sure its next word is ``[R, 1]``, the state)."""
         model, lm_head, config = self.borrowed
         depth_R = state["depth"]
+        assert self.cache is not None, "the loop runs while a cache is being read"
         if not len(depth_R):
             return x_RD, x_RD.new_zeros(0, 1), state
         depth = int(depth_R[0])  # all that are left have run the same layers
