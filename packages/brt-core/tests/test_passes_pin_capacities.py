@@ -150,6 +150,13 @@ def test_what_is_left_alone() -> None:
     in_place = [nn.Sequential(nn.Linear(DIM, DIM), nn.ReLU(inplace=True)) for _ in range(3)]
     assert "writes in place" in why(Mixture(branches=in_place))
     assert "a sample must tell" in why(model(), None)
+
+    class Each(Mixture):
+        def forward(self, x: Tensor) -> Tensor:
+            paths, route = self.scatter(x, self.scores(x))
+            return self.gather(brt.each(self.branches, paths), route)
+
+    assert "it is run by brt.each" in why(Each())
     net = model()
     with pytest.raises(brt.PassError, match="needs a profile"):
         brt.optimize(net, passes=["pin-capacities"], sample=PROFILED)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from brt.cellflow.dry import UNKNOWN, DryRun, tensors_in
 from brt.cellflow.states import ORDER, Flow, Size
+from brt.route import Route
 from brt.routers import EarlyExit, GatherRouter, LoopRouter, Router, ScatterRouter
 
 
@@ -91,6 +92,8 @@ def _gather(
     flows = (one,) if isinstance(one, Tensor) else tuple(one)
     if isinstance(where, KnownRoute):
         num_cells, num_root = where.num_cells, where.num_root
+    elif isinstance(where, Route):  # of a module that a pass put in place of the scatter
+        num_cells, num_root = where.num_cells, where.cells.root.num_cells
     else:
         num_cells = num_root = _num_root(where[0])
     if router.result == "union":

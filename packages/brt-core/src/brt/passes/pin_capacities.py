@@ -65,7 +65,7 @@ class PinCapacities(Pass):
         random = draws_random(graph.graph, ctx.scope)
         if random is not None:
             raise PassError(f"the region draws random numbers: {random}")
-        if not ctx.sample:
+        if not any(not (call.args and call.kwargs) for call in ctx.sample[:1]):
             raise PassError(
                 "a sample must tell whether branches keep rows apart: brt.optimize(..., sample=x)"
             )
@@ -86,14 +86,15 @@ class PinCapacities(Pass):
 class _Branches(Reader):
     """Keeps the branches as graphs of their own: rows in, result out."""
 
-    def __init__(self) -> None:
+    def __init__(self, region: fx.Graph) -> None:
+        self._region = region
         self.graphs: list[fx.Graph] = []
 
     def read(
         self, graph: fx.GraphModule, entry: fx.Node, nodes: list[fx.Node], result: fx.Node
     ) -> None:
         """One branch."""
-        if entry.graph is not graph.graph or any(node.graph is not entry.graph for node in nodes):
+        if entry.graph is not self._region:
             raise NotFusableError("it is run by brt.each")
         made = fx.Graph()
         copied = {entry: made.placeholder("rows")}
@@ -112,7 +113,7 @@ def _pin(graph: fx.GraphModule, ctx: Context, scatter: Scatter, percentile: floa
     seen = ctx.seen(scatter)
     if seen is None or not seen.num_forwards:
         raise NotFusableError("the profile has not seen it")
-    reader = _Branches()
+    reader = _Branches(graph.graph)
     gather, inside = branches_of(graph, ctx, scatter, reader)
     _require_apart(graph, ctx, inside)
     capacity_P = [math.ceil(rows) for rows in seen.rows.percentile_P(percentile).tolist()]
@@ -130,7 +131,13 @@ def _pin(graph: fx.GraphModule, ctx: Context, scatter: Scatter, percentile: floa
 
 def _require_apart(graph: fx.GraphModule, ctx: Context, inside: set[fx.Node]) -> None:
     call = ctx.sample[0]
-    flows = cellflow(graph, (call.args, call.kwargs) if call.kwargs else call.args)
+    batch = dict(call.kwargs) if call.kwargs else call.args
+    try:
+        flows = cellflow(graph, batch)
+    except Exception as error:  # what earlier passes put into the graph may not run without data
+        raise NotFusableError(
+            f"whether its branches keep rows apart cannot be told: {type(error).__name__}"
+        ) from error
     for node in graph.graph.nodes:
         if node not in inside:
             continue
