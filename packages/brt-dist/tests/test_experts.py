@@ -101,7 +101,7 @@ def test_transport_takes_one_choice() -> None:
         brt_dist.Transport(degree=2, replicated=True)
     with pytest.raises(brt_dist.ParallelError, match="capacity must be at least 1, got 0"):
         brt_dist.Transport(capacity=0)
-    assert list(asdict(brt_dist.Transport()).values()) == [1, None, False, None]
+    assert list(asdict(brt_dist.Transport()).values()) == [1, None, False, None, None]
 
 
 def test_rows_beyond_a_capacity_are_dropped(ranks: Ranks) -> None:

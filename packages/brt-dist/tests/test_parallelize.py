@@ -59,7 +59,7 @@ REFUSED = {
     "twice": "'0.scatter' stands in several places of the model",
     "placement": "'first': the placement puts expert 2 on rank 9, but there are 3",
     "unknown": r"the placement names \['last'\], the mixtures are \['first', 'layers.1'\]",
-    "degree": "'first' cannot be spread: degree, replicated and capacity are for",
+    "degree": r"'first' cannot be spread: Transport\(degree=2.* is for ExpertRouter only",
     "mesh": "experts are spread over one dimension of a mesh",
 }
 

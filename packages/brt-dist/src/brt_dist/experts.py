@@ -23,6 +23,7 @@ from brt_dist.padded import Padded
 from brt_dist.replicated import add_up, gather_cells
 from brt_dist.spread import Placement, Spread
 from brt_dist.stacked import Activation, StackedExperts, share_of
+from brt_dist.symmetric import Buffers
 from brt_dist.transport import Transport
 
 _DEFAULT = Transport()
@@ -49,6 +50,7 @@ class ParallelExpertRouter(Router):
         self.spread = spread
         self.transport = transport
         self._agreed: set[str] = set()
+        self._rooms: dict[tuple[int, torch.dtype, torch.device], Buffers] = {}
 
     @torch.compiler.disable
     def forward(
@@ -76,11 +78,15 @@ class ParallelExpertRouter(Router):
             if self._observers:
                 self._observe(make_route(decision, x_ND.shape[0]), choice_NK)
             ops.same_size("ParallelExpertRouter: cells and choices", *_sizes(x_ND, choice_NK))
-            if not self.transport.replicated and self.transport.capacity is None:
+            symmetric = self.transport.symmetric is not None and not torch.is_grad_enabled()
+            if not (self.transport.replicated or self.transport.capacity or symmetric):
                 chunks = [self._chunk(*part) for part in self._parts(x_ND, choice_NK, weight_NK)]
         if self.transport.capacity is not None:
             self._agree_once(x_ND)
             return self._padded(x_ND, choice_NK, weight_NK, weights, self.transport.capacity)
+        if symmetric:
+            self._agree_once(x_ND)
+            return self._symmetric(x_ND, choice_NK, weight_NK, weights)
         if self.transport.replicated:
             return self._replicated(x_ND, choice_NK, weight_NK, weights)
         if self.transport.hosts is not None:
@@ -166,6 +172,21 @@ class ParallelExpertRouter(Router):
         slot_NK = self.spread.slots(choice_NK, turn=dist.get_rank(group))
         padded = Padded.of(slot_NK, capacity, self.spread.num_slots, group)
         return padded.back(weights.run(padded.there(x_ND), padded.load_G()), weight_NK)
+
+    def _symmetric(
+        self, x_ND: Tensor, choice_NK: Tensor, weight_NK: Tensor | None, weights: StackedExperts
+    ) -> Tensor:
+        assert self.transport.symmetric is not None
+        group, num_slots = self.spread.group, self.spread.num_slots
+        kind = (x_ND.shape[1], x_ND.dtype, x_ND.device)
+        if kind not in self._rooms:
+            dim, dtype, device = kind
+            self._rooms[kind] = Buffers(
+                self.transport.symmetric, dim, num_slots, dtype, device, group
+            )
+        buffers = self._rooms[kind]
+        sent = buffers.dispatch(x_ND, self.spread.slots(choice_NK, turn=dist.get_rank(group)))
+        return buffers.combine(weights.run(sent.rows_QD, sent.load_G), sent, weight_NK)
 
     def _agree_once(self, x_ND: Tensor) -> None:
         """Compare what never changes, at the first call; captures begin after that."""

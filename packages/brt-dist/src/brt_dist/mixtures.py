@@ -108,9 +108,8 @@ def _branches(
     holder: nn.Module, path: str, name: str, scatter: ScatterRouter, settings: Settings
 ) -> Change:
     """The change of a module with a ScatterRouter, branches and a GatherRouter."""
-    transport = settings.transport
-    if transport.degree > 1 or transport.replicated or transport.capacity is not None:
-        raise refused(path, "degree, replicated and capacity are for ExpertRouter only")
+    if settings.transport != Transport(hosts=settings.transport.hosts):
+        raise refused(path, f"{settings.transport} is for ExpertRouter only")
     if scatter.result != "paths":
         raise refused(path, f"its ScatterRouter has result={scatter.result!r}, not 'paths'")
     children = dict(holder.named_children())

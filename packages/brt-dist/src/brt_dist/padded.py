@@ -1,7 +1,7 @@
 """Cells that travel in buffers of one size, whatever the gate decides.
 
-The host then knows every size and reads nothing from the device: the layer can be captured in a
-CUDA graph. What it costs is room for ``capacity`` rows from each rank for each expert.
+The host then knows every size and reads nothing from the device: a CUDA graph can capture the
+exchange. What it costs is room for ``capacity`` rows from each rank for each expert.
 
 Legend: N cells, K choices per cell, W ranks, G experts on a rank at most, C capacity, Q = W * G * C
 places for rows, S trailing dims.
