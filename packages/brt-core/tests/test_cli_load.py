@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -145,9 +146,13 @@ def test_load_of_no_file(run: Run) -> None:
 
 
 def test_show_writes_a_page(run: Run, tmp_path: Path) -> None:
-    page = tmp_path / "two.html"
-    code, out, _ = run("models", "show", "acme-two", "--html", str(page))
+    page, picture = tmp_path / "two.html", tmp_path / "two.svg"
+    code, out, _ = run("models", "show", "acme-two", "--html", str(page), "--svg", str(picture))
     assert code == 0
+    drawn = ElementTree.parse(picture).getroot()
+    boxes = [node.get("data-name") for node in drawn.iter() if node.get("data-name")]
+    assert "scatter" in boxes
+    assert "gather" in boxes
     assert "ScatterRouter" in out
     text = page.read_text()
     assert "<svg" in text

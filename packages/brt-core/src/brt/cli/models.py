@@ -60,6 +60,12 @@ def show_model(
             dir_okay=False,
         ),
     ] = None,
+    svg: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the same graphs as a picture.", show_default=False, dir_okay=False
+        ),
+    ] = None,
     as_json: show.AsJson = False,
 ) -> None:
     """Draw the routers of a model, with their places and protocols.
@@ -70,33 +76,38 @@ def show_model(
 
         brt models show patch-sr
 
-        brt models show patch-sr --html patch-sr.html
+        brt models show patch-sr --html patch-sr.html --svg patch-sr.svg
 
         brt models show patch-sr --json
     """
     from brt import plugins
 
     spec, owner = plugins.collect("models").get(name) or (plugins.get("models", name), "")
-    if html is not None:
-        _write_page(spec, html)
+    if html is not None or svg is not None:
+        _draw(spec, html, svg)
     found = _routers(_shape_of(spec))
     if as_json:
         show.print_json(_describe(spec, owner) | {"routers": found})
         return
     show.console().print(router_tree.drawn(spec.title or name, spec.summary, found))
-    if html is not None:
-        typer.echo(f"wrote {html}")
+    for path in filter(None, (html, svg)):
+        typer.echo(f"wrote {path}")
 
 
-def _write_page(spec: ModelSpec, path: Path) -> None:
-    """The report of a model that no pass has changed."""
+def _draw(spec: ModelSpec, html: Path | None, svg: Path | None) -> None:
+    """The report of a model that no pass has changed, as a page and as a picture."""
     import brt
+    from brt.report.picture import render_svg
 
     model = spec.factory() if spec.pretrained is None else spec.pretrained()
     profile = brt.profile(model.eval(), [spec.sample()])
     report = brt.optimize(model, profile, passes=[]).report
-    with atomic_write(path) as beside:
-        report.to_html(beside)
+    if html is not None:
+        with atomic_write(html) as beside:
+            report.to_html(beside)
+    if svg is not None:
+        with atomic_write(svg) as beside:
+            beside.write_text(render_svg(report), encoding="utf-8")
 
 
 def _describe(spec: ModelSpec, owner: str) -> dict[str, Any]:

@@ -32,10 +32,11 @@ Point = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Svg:
-    """The picture, and its width in pixels."""
+    """The picture, and its size in pixels."""
 
     text: str
     width: float
+    height: float
 
 
 def draw(
@@ -77,7 +78,7 @@ class _Picture:
             *(self._box(box) for box in self.drawing.boxes),
             "</svg>",
         ]
-        return Svg("\n".join(parts), width)
+        return Svg("\n".join(parts), width, height)
 
     # Sizes
 
