@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from io import StringIO
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
+import brt
 from brt import plugins
 from brt.cli import make_app
 from brt.errors import BrtError
@@ -25,6 +27,7 @@ FILES = ["experts.html", "report.html"]
 
 def test_run_tells_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "MEASURED", 1024)
+    monkeypatch.setattr(brt, "optimize", partial(brt.optimize, measure=False))
     text = StringIO()
     console = Console(file=text, width=100)
     figures = demo.run(

@@ -28,6 +28,28 @@ def test_hook_brt_models(name: str) -> None:
     assert model(photo_BCHW).shape == (1, 3, 4 * height, 4 * width)
 
 
+@pytest.mark.parametrize("name", ["msdnet-digits", "switch-text"])
+@torch.inference_mode()
+def test_models_with_weights_of_their_own(name: str) -> None:
+    with plugins.using(_plugin):
+        spec = plugins.get("models", name)
+    one, same, other = spec.sample(), spec.sample(seed=0), spec.sample(seed=1)
+    assert torch.equal(one[0], same[0])
+    assert not torch.equal(one[0], other[0])
+    untrained, trained = spec.factory(), spec.pretrained()
+    assert not untrained.training
+    assert not trained.training
+    assert untrained(*one).shape == trained(*one).shape
+    shapes = [{k: v.shape for k, v in m.state_dict().items()} for m in (untrained, trained)]
+    assert shapes[0] == shapes[1]
+
+
+def test_hook_brt_demos() -> None:
+    with plugins.using(_plugin):
+        takes = {name: spec.source for name, (spec, _) in plugins.collect("demos").items()}
+    assert takes == {"digits": "", "patch-sr": "a photo", "text": "words to go on from"}
+
+
 def test_hook_brt_workloads() -> None:
     with plugins.using(_plugin):
         assert {"patch-sr", "livesr"} <= set(plugins.collect("workloads"))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable
 
 import brt
 from brt_models import (
@@ -20,6 +18,7 @@ from brt_models import (
 )
 from brt_models.adapters import ADAPTERS
 from brt_models.language_models import MODELS, PROTOCOLS, WORKLOADS
+from brt_models.trained import DEMOS, TRAINED
 from brt_models.workloads import classsr as classsr_workloads
 from brt_models.workloads import dynamic_routing as dynamic_routing_workloads
 from brt_models.workloads import livesr as livesr_workloads
@@ -134,6 +133,7 @@ def brt_models() -> Iterable[brt.ModelSpec]:
         load=loaders.load_swin_moe,
     )
     yield from MODELS
+    yield from TRAINED
 
 
 @brt.hookimpl
@@ -148,12 +148,7 @@ def brt_adapters() -> Iterable[brt.AdapterSpec]:
 
 @brt.hookimpl
 def brt_demos() -> Iterable[brt.DemoSpec]:
-    yield brt.DemoSpec(
-        name="patch-sr",
-        summary="a photo upscaled fourfold; easy patches take smaller networks",
-        run=_patch_sr_demo,
-        source="a photo",
-    )
+    yield from DEMOS
 
 
 @brt.hookimpl
@@ -209,9 +204,3 @@ def brt_workloads() -> Iterable[brt.WorkloadSpec]:
         factory=preload_workloads.chain,
     )
     yield from WORKLOADS
-
-
-def _patch_sr_demo(source: str | None, out: Path, **options: Any) -> Mapping[str, Any]:
-    from brt_models.demo.patch_sr import run  # draws: imports matplotlib
-
-    return run(None if source is None else Path(source), out, **options)

@@ -128,4 +128,4 @@ def _tiles(axes: Axes, shades_NHW: Tensor, is_wrong_N: Tensor, guess_N: Tensor) 
 
 
 def _colour(k: int, num_exits: int) -> tuple[float, float, float, float]:
-    return COLOURS(0.05 + 0.8 * k / max(1, num_exits - 1))
+    return COLOURS(0.05 + 0.7 * k / max(1, num_exits - 1))

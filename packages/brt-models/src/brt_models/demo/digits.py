@@ -22,7 +22,7 @@ from brt_models.demo import parts
 from brt_models.demo.digit_pictures import draw_budgets, draw_exits
 from brt_models.demo.parts import step
 from brt_models.demo.timing import alternate
-from brt_models.msdnet.budgets import accuracy, at_budgets
+from brt_models.msdnet.budgets import Point, accuracy, at_budgets
 from brt_models.msdnet.budgets import run as run_once
 from brt_models.msdnet.files import BUDGETS, DIGITS
 
@@ -79,13 +79,19 @@ def run(
         "milliseconds": milliseconds,
         "macs": list(cost_K),
         "accuracy": whole,
-        "budgets": [asdict(point) | {"share": point.macs / cost_K[-1]} for point in points],
+        "budgets": [_row(point, cost_K[-1]) for point in points],
         **parts.told(fast),
         "difference_from_eager": difference,
         "files": [str(out / file) for file in ("exits.png", "budgets.png", "report.html")],
     }
     _show(figures, console)
     return figures
+
+
+def _row(point: Point, full: int) -> dict[str, Any]:
+    """A budget and what came of it, ready for JSON."""
+    lists = {"thresholds": list(point.thresholds), "left_K": list(point.left_K)}
+    return asdict(point) | lists | {"share": point.macs / full}
 
 
 def _show(figures: Mapping[str, Any], console: Console) -> None:
