@@ -131,15 +131,20 @@ def _channels_last(model: PatchNetwork) -> Call:
 
 
 def _compiled(model: PatchNetwork, freezing: bool) -> Call:
-    """Scores and branches compiled, each as a graph of its own for the number of patches it gets.
+    """Scores and branches compiled.
 
-    A graph module has code of its own: compiled branches of one class share a limit of variants.
+    Branches of one class share a graph for any number of patches, weights being its inputs. Frozen
+    weights are not: a graph module has code of its own, and a graph for the patches that it gets.
     """
     options: dict[str, Any] = {"freezing": freezing}
-    graphs = [fx.symbolic_trace(path) for path in model.paths]
+    scores = torch.compile(model.scores, options=options)
+    if freezing:
+        graphs: list[nn.Module] = [fx.symbolic_trace(path) for path in model.paths]
+    else:
+        graphs = [copy.copy(path) for path in model.paths]
     for graph in graphs:
-        graph.compile(options=options)
-    return IndexLoop(model, graphs, torch.compile(model.scores, options=options))
+        graph.compile(options=options, dynamic=None if freezing else True)
+    return IndexLoop(model, graphs, scores)
 
 
 def _product(like: Tensor, flops: float) -> Call:
