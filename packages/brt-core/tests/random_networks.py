@@ -2,7 +2,8 @@
 
 A network is drawn from a seed: mixtures of experts (nested, with shared experts, several flows,
 weights on the way in or out, residuals, extra inputs and extra readers of branches), early exits
-in sequence, loops. `steer` changes where its cells go without changing anything else.
+in sequence, by hand or by the router, loops. `steer` changes where its cells go without changing
+anything else.
 
 Legend: N cells, D features, P paths.
 """
@@ -189,6 +190,43 @@ class Exits(nn.Module):
         return self.gather(left, where)
 
 
+class EarlyExits(nn.Module):
+    """The router, some stages of which hand on two flows, one of which heads do not read."""
+
+    def __init__(self, rng: random.Random) -> None:
+        super().__init__()
+        num_stages = rng.randint(2, 4)
+        stages = [TwoFlows() for _ in range(num_stages)] if rng.random() < 0.5 else None
+        if stages is None:
+            make = lambda: nn.Sequential(nn.Linear(DIM, DIM), nn.Tanh())  # noqa: E731
+            stages = [make() for _ in range(num_stages)]
+        heads = [Second(isinstance(stage, TwoFlows)) for stage in stages]
+        limits = [rng.choice([0.0, 0.3, 0.4, 0.6, 2.0]) for _ in range(num_stages - 1)]
+        self.exits = brt.EarlyExit(stages, heads, [protocols.BinaryThreshold(t) for t in limits])
+        self.two_flows = isinstance(stages[0], TwoFlows)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.exits((x, x * 0.5)) if self.two_flows else self.exits(x)
+
+
+class TwoFlows(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(DIM, DIM), nn.Linear(DIM, DIM)
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.tanh(self.a(x)) + x, torch.tanh(self.b(x) + y)
+
+
+class Second(nn.Module):
+    def __init__(self, two_flows: bool) -> None:
+        super().__init__()
+        self.linear, self.two_flows = nn.Linear(DIM, DIM), two_flows
+
+    def forward(self, *flows: Tensor) -> Tensor:
+        return self.linear(flows[-1])
+
+
 class Netlet(nn.Module):
     def __init__(self, rng: random.Random) -> None:
         super().__init__()
@@ -239,7 +277,7 @@ class RandomNetwork(nn.Module):
         if kind < 6:
             block: nn.Module = Experts(rng, depth=rng.choice([0, 1, 1, 2]))
         elif kind < 8:
-            block = Exits(rng)
+            block = Exits(rng) if rng.random() < 0.5 else EarlyExits(rng)
         else:
             block = Loop(rng)
         return Untraceable(block) if rng.random() < 0.1 else block

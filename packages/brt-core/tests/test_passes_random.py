@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import brt
 from brt.optimize import optimize
-from brt.passes import DropDeadPaths, FoldPermanentPaths, Pass
+from brt.passes import BatchExits, DeferOperations, DropDeadPaths, FoldPermanentPaths, Pass
 from brt.profile import profile
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 0.15}
@@ -46,7 +46,10 @@ def check(seed: int, device: str = "cpu") -> tuple[int, int]:
     model = RandomNetwork(seed).to(device, dtype)
     sizes = tuple(rng.choice([1, 2, 5, 9]) for _ in range(3))
     inside = [x.to(device) for x in batches(seed, sizes, dtype)]
-    passes: list[Pass] = [p for p in (DropDeadPaths(), FoldPermanentPaths()) if rng.random() < 0.8]
+    drawn: tuple[Pass, ...] = (
+        DropDeadPaths(), FoldPermanentPaths(), BatchExits(), DeferOperations(),
+    )  # fmt: skip
+    passes = [one for one in drawn if rng.random() < 0.7]
     rng.shuffle(passes)
     sample = rng.choice([*inside, None])
     with warnings.catch_warnings():
@@ -61,7 +64,7 @@ def check(seed: int, device: str = "cpu") -> tuple[int, int]:
     outside = [x.to(device) for x in batches(seed + 1, (0, 1, 7), dtype)]
     for again in range(3):
         for x in (*inside, *outside):
-            what = f"seed {seed}, steered {again} times, {dtype}, N={len(x)}"
+            what = f"seed {seed}, {passes}, steered {again} times, {dtype}, N={len(x)}"
             given = x.clone()
             with torch.no_grad():
                 same(fast(x), model(x), what)

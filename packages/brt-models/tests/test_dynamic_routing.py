@@ -142,7 +142,7 @@ def test_optimised_gives_the_same(case: str) -> None:
     fast = brt.optimize(model, brt.profile(model, x[:2].split(1)), sample=x[:1], measure=False)
     with torch.inference_mode():
         for other in (x[:1], x[3:], x, images(2, seed=5)):
-            torch.testing.assert_close(fast(other), model(other))
+            torch.testing.assert_close(fast(other), model(other), rtol=1e-4, atol=1e-4)
 
 
 def test_names_and_shapes_are_those_of_the_published_checkpoint() -> None:

@@ -6,6 +6,7 @@ Legend: N cells, P paths, F flows.
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, ClassVar
@@ -74,6 +75,8 @@ class BatchExits(Pass):
         made = [(found, _exit_scatter(found, ctx)) for found in exits]
         for found, module in made:
             found.node.target = ctx.insert(graph, module, "brt_exit")
+        if exits:
+            _merge(graph, ctx)
         num_skips = _skip(graph, ctx, exits) if exits else 0
         return bool(exits) or num_skips > 0
 
@@ -121,6 +124,28 @@ def _free(scatter: Scatter, reads: Reads, ctx: Context) -> Reads:
             tuple(i for i, item in items.items() if item and layout_is_free(item, ctx.scope))
         )
     return tuple(free)
+
+
+def _merge(graph: fx.GraphModule, ctx: Context) -> None:
+    """Put an `ExitGather` in the place of each gather of paths of several exits."""
+    made: list[tuple[fx.Node, ExitGather]] = []
+    for node in graph.graph.nodes:
+        router = module_of(node, ctx.scope)
+        rows, where = argument(node, 0, "rows"), argument(node, 1, "where")
+        if type(router) is not GatherRouter or router.add_residual or router.overflow != "drop":
+            continue
+        if not all(isinstance(given, (list, tuple)) for given in (rows, where)):
+            continue
+        parts = [part for part in rows if isinstance(part, fx.Node)]
+        out = node if router.result == "all" else item_of(node, 0)
+        if out is None or len(parts) < len(rows):
+            continue
+        is_lent = may_share(out, ctx.scope) is None
+        is_lent = is_lent and written_after(node, parts, ctx.scope) is None
+        is_free = layout_is_free(out, ctx.scope)
+        made.append((node, ExitGather(ctx.scope, str(node.target), is_lent, is_free)))
+    for node, module in made:
+        node.target = ctx.insert(graph, module, "brt_exit_gather")
 
 
 def _skip(graph: fx.GraphModule, ctx: Context, exits: list[Scatter]) -> int:
@@ -232,3 +257,72 @@ class ExitScatter(nn.Module):
     def extra_repr(self) -> str:
         """The router that decides, and what is read."""
         return f"decides by {self.router_target}; moves flows {self.reads}"
+
+
+class ExitGather(nn.Module):
+    """A gather of paths of several exits; of a single cell it sums what there is of it.
+
+    ``forward(rows, where)`` returns what the gather returns. Several cells, and all cells while
+    gradients are recorded or under a compiler, are gathered as before.
+    """
+
+    def __init__(self, scope: nn.Module, router_target: str, is_lent: bool, is_free: bool) -> None:
+        super().__init__()
+        self._scope = (scope,)
+        self.router_target = router_target
+        self.is_lent = is_lent
+        self.is_free = is_free
+
+    @property
+    def router(self) -> GatherRouter:
+        """The gather."""
+        return attrgetter(self.router_target)(self._scope[0])
+
+    def forward(self, rows: Sequence[Any], where: Sequence[Cells], residual: Any = None) -> Any:
+        """Rows and where they belong -> cells, or (cells' rows, `Cells`) with result "union"."""
+        router = self.router
+        is_plain = not (torch.compiler.is_compiling() or torch.is_grad_enabled())
+        if not is_plain or residual is not None or not _is_one_cell(rows, where, router):
+            return router(rows, where, *(() if residual is None else (residual,)))
+        there = [(r, c) for r, c in zip(rows, where, strict=True) if r.shape[0]]
+        if not there:
+            return router(rows, where)
+        out = self._sum(there, router.weighted)
+        if not self.is_free:
+            out = out.contiguous()
+        if router.result == "all":
+            return out
+        return out, Cells(where[0].root, there[0][1].index_R(out.device))
+
+    def _sum(self, there: list[tuple[Tensor, Cells]], is_weighted: bool) -> Tensor:
+        dtype = there[0][0].dtype
+        wide = torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype
+        total: Tensor | None = None
+        for part, cells in there:
+            part = part.to(wide)
+            if is_weighted and cells.weight_R is not None:
+                part = part * cells.weight_R.to(wide).view(-1, *([1] * (part.ndim - 1)))
+            total = part if total is None else total + part
+        assert total is not None
+        total = total.to(dtype)
+        is_new = total is not there[0][0]
+        return total if is_new or self.is_lent else total.clone()
+
+    def extra_repr(self) -> str:
+        """The gather behind it."""
+        return f"several cells: {self.router_target}"
+
+
+def _is_one_cell(rows: Sequence[Any], where: Sequence[Cells], router: GatherRouter) -> bool:
+    """Whether all rows are of one cell, and plain enough to be added up; else the router judges."""
+    if len(rows) != len(where) or not all(type(r) is Tensor for r in rows):
+        return False
+    first, root = rows[0], where[0].root
+    return root.num_cells == 1 and all(
+        (c.root is root or c.root == root)
+        and r.shape[0] == c.num_rows
+        and r.shape[1:] == first.shape[1:]
+        and r.dtype == first.dtype
+        and not (router.weighted and c.weighted and c.weight_R is not None)
+        for r, c in zip(rows, where, strict=True)
+    )

@@ -61,7 +61,12 @@ class DeferOperations(Pass):
         """Defer work at each scatter, the first one first: what moves may move on at the next."""
         num_scatters = len(scatters(graph.graph, ctx.scope))
         places = [i for i in range(num_scatters) if _may_defer(graph, ctx, i)]
-        if not places:
+        # Where nothing hangs on one path alone, there is nothing to follow cells for
+        if not any(
+            _Deferral(graph, ctx, i, path, None).has_work()
+            for i in places
+            for path in range(scatters(graph.graph, ctx.scope)[i].router.num_paths)
+        ):
             return False
         rows = _Rows(*cellflow_with_rows(graph, _as_batch(ctx.sample[0], graph)))
         changed = False
@@ -121,9 +126,11 @@ class _Deferral:
     """What may move behind one scatter onto the rows of one of its paths."""
 
     def __init__(
-        self, graph: fx.GraphModule, ctx: Context, index: int, path: int, rows: _Rows
+        self, graph: fx.GraphModule, ctx: Context, index: int, path: int, rows: _Rows | None
     ) -> None:
-        self.graph, self.ctx, self.path, self.rows = graph, ctx, path, rows
+        self.graph, self.ctx, self.path = graph, ctx, path
+        self.rows = rows or _Rows({})
+        self.is_guess = rows is None
         self.scatter = scatters(graph.graph, ctx.scope)[index]
         x = argument(self.scatter.node, 0, "x")
         self.several = isinstance(x, (tuple, list))
@@ -132,6 +139,10 @@ class _Deferral:
         self.only_here = [i for i in range(len(self.flows)) if readers.get(i) == [path]]
         self.chain_of: dict[fx.Node, Chain] = chains(graph.graph, ctx.scope)
         self.constant = _constants(graph.graph)
+
+    def has_work(self) -> bool:
+        """Whether anything might move, if all nodes kept cells apart."""
+        return bool(self.only_here and self._worthwhile(self._movable()))
 
     def apply(self) -> bool:
         """Move it; whether there was anything."""
@@ -180,7 +191,9 @@ class _Deferral:
     def _may_move(self, node: fx.Node) -> bool:
         if not node.op.startswith("call_") or router_of(node, self.ctx.scope) is not None:
             return False
-        if self._is_part_of_router(node) or node in self.constant or not self.rows.keeps(node):
+        if self._is_part_of_router(node) or node in self.constant:
+            return False
+        if not (self.is_guess or self.rows.keeps(node)):
             return False
         if self.chain_of.get(node) != self.chain_of.get(self.scatter.node):
             return False
@@ -203,6 +216,8 @@ class _Deferral:
 
     def _is_rows(self, node: fx.Node) -> bool:
         """Whether a node gives one tensor with a row for each cell of the scatter."""
+        if self.is_guess:
+            return True
         here = self.rows.size.get(self.flows[0])
         there = self.rows.size.get(node)
         return here is not None and there is not None and same(here, there)

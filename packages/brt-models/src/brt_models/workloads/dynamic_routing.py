@@ -20,6 +20,7 @@ from brt_models.dynamic_routing import Cell, DynamicRouting, DynamicRoutingConfi
 from brt_models.dynamic_routing.cell import MIN_GATE, resized
 from brt_models.dynamic_routing.network import nothing_at
 from brt_models.macs import macs_of
+from brt_models.workloads.msdnet import frozen
 
 TOLERANCE = 1e-4  # float32 against float64, through some hundred convolutions
 NUM_IMAGES = 4
@@ -78,7 +79,11 @@ def gate_workload(
         options=options,
         variants=[
             row("eager", "python if", lambda: PythonGates(model)),
-            row("peer", "python if, torch.compile per cell", lambda: PythonGates(model, True)),
+            row(
+                "peer",
+                "python if, torch.compile per cell (frozen)",
+                lambda: PythonGates(model, True),
+            ),
             row("brt", "brt eager", lambda: model),
             row("brt", "brt optimised", optimised),
             row("limit", "dense product of as many operations", lambda: _product(first, flops)),
@@ -102,7 +107,7 @@ class PythonGates(nn.Module):
         self.work: dict[Cell, Callable[[Tensor], Tensor]] = {}
         for cell in model.modules():
             if isinstance(cell, Cell):
-                self.work[cell] = torch.compile(cell.cell_ops) if compiled else cell.cell_ops
+                self.work[cell] = frozen(cell.cell_ops) if compiled else cell.cell_ops
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """[N, 3, H, W] -> [N, L, H, W]."""

@@ -6,7 +6,7 @@ Shape letters: N images, C classes, H height, W width, K exits.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from operator import itemgetter
 from typing import Any
@@ -19,6 +19,7 @@ import brt
 from brt.bench import Variant, Workload
 from brt.bench.workload import Kind
 from brt.errors import BrtError
+from brt.passes import Context, FuseVertical
 from brt_models.exits import ExitNetwork
 from brt_models.msdnet import MSDNet, MSDNetConfig, exits_of, thresholds_for_shares
 from brt_models.msdnet.thresholds import taken_exits
@@ -39,6 +40,7 @@ PRESETS: dict[str, tuple[Callable[[], MSDNetConfig], int]] = {
     "cifar": (MSDNetConfig.cifar, 32),
 }
 NUM_IMAGES = 20
+COMPILED = "python if, torch.compile per stage (frozen)"
 TOLERANCE = 1e-4  # float32 against float64, through at most a hundred convolutions
 
 
@@ -120,9 +122,15 @@ def exit_workload(
         options={**options, "mix": mix, "batch": batch},
         variants=[
             row("eager", "python if", lambda: PythonExit(model)),
-            row("peer", "python if, torch.compile per stage", lambda: PythonExit(model, True)),
+            row("peer", COMPILED, lambda: PythonExit(model, compiled=True)),
+            *([row("peer", *batched) for batched in _batched(model)] if batch > 1 else []),
             row("brt", "brt eager", lambda: model),
             row("brt", "brt optimised", optimised),
+            *(
+                [row("oracle", "the stages taken, in one line", lambda: Oracle(model, timed))]
+                if batch == 1
+                else []
+            ),
             row("limit", "dense product of as many operations", lambda: _product(first, flops)),
         ],
     )
@@ -159,7 +167,7 @@ class PythonExit(nn.Module):
         self.stages: list[Stage] = []
         for k in range(model.num_exits):
             stage = partial(self._stage, k)
-            self.stages.append(torch.compile(stage) if compiled else stage)
+            self.stages.append(frozen(stage) if compiled else stage)
 
     def _stage(self, exit_idx: int, state: Any) -> tuple[Any, Tensor, Tensor]:
         state, logits_NC = self.model.stage(exit_idx, state)
@@ -193,6 +201,81 @@ class PythonExit(nn.Module):
             where.append(index_N)
         order_N = torch.cat(where).argsort()
         return torch.cat(left)[order_N]
+
+
+def frozen(function: Any) -> Any:
+    """A function compiled with its weights taken for constants: folded, and laid out once."""
+    return torch.compile(function, options={"freezing": True})
+
+
+def _batched(model: ExitNetwork) -> Iterator[tuple[str, Callable[[], Callable[[Tensor], Tensor]]]]:
+    """What people do with a batch besides: no image leaves before the end, or one at a time."""
+    yield "all stages for all images", lambda: AllStages(model)
+    one = PythonExit(model)
+    yield (
+        "python if, image by image",
+        lambda: lambda x_NCHW: torch.cat([one(image) for image in x_NCHW.split(1)]),
+    )
+
+
+class AllStages(nn.Module):
+    """Every stage for the whole batch; each image gets the answer of its exit."""
+
+    def __init__(self, model: ExitNetwork) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """[N, 3, H, W] -> [N, C]."""
+        logits_KNC = torch.stack(self.model.all_exits(x_NCHW))
+        sure_KN = logits_KNC.softmax(2).amax(2)
+        wanted_K1 = sure_KN.new_tensor([*self.model.thresholds, 0.0])[:, None]
+        exit_N = (sure_KN >= wanted_K1).int().argmax(0)
+        return logits_KNC[exit_N, torch.arange(len(x_NCHW), device=x_NCHW.device)]
+
+
+class Oracle(nn.Module):
+    """Straight lines of the work that an image takes whose exit is known: no `if`, nothing unused.
+
+    The answers of exits that an image passes are computed, as a real run needs them. Layers are
+    fused as `fuse-vertical` does.
+    """
+
+    def __init__(self, model: ExitNetwork, images: Sequence[Tensor]) -> None:
+        super().__init__()
+        exit_N = taken_exits(model.thresholds, exits_of(model, images))
+        self.exit_of = {
+            x_NCHW.data_ptr(): int(exit_idx)
+            for x_NCHW, exit_idx in zip(images, exit_N, strict=True)
+        }
+        self.lines = {k: _fused(_Line(model, k)) for k in sorted(set(self.exit_of.values()))}
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """[1, 3, H, W], one of the images that it knows -> [1, C]."""
+        out: Tensor = self.lines[self.exit_of[x_NCHW.data_ptr()]](x_NCHW)[-1]
+        return out
+
+
+class _Line(nn.Module):
+    def __init__(self, model: ExitNetwork, last: int) -> None:
+        super().__init__()
+        self.model, self.last = model, last
+
+    def forward(self, x_NCHW: Tensor) -> tuple[Tensor, ...]:
+        state: Any = x_NCHW
+        logits = []
+        for k in range(self.last + 1):
+            state, logits_NC = self.model.stage(k, state)
+            logits.append(logits_NC)
+        return tuple(logits)
+
+
+def _fused(line: nn.Module) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    graph = brt.trace(line.eval())
+    graph.graph.eliminate_dead_code()
+    FuseVertical().run(graph, Context(FuseVertical.name, "", line))
+    graph.recompile()
+    return graph
 
 
 class _InDouble(nn.Module):
