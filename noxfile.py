@@ -57,6 +57,7 @@ DOCS = ("sphinx", "myst-parser", "furo")
 BUILD = ("build",)
 AUDIT = ("torch-abi-audit",)
 ALL_TOOLS = ("nox", *BASE, *COMPILE, *TEST, *LINT, *IMPORTS, *TYPES, *DOCS, *BUILD, *AUDIT)
+MOST_CARRIED_MIB = 64
 # What brt-core and its tests import that a machine with torch does not have of itself.
 CARRIED = {
     *("annotated-doc", "iniconfig", "markdown-it-py", "mdurl", "packaging", "pluggy", "pydantic"),
@@ -210,6 +211,9 @@ def gpu(session: nox.Session) -> None:
     target += [word for name in platforms for word in ("--platform", name)]
     pip = ("-m", "pip", "--disable-pip-version-check", "download", "--quiet", "-d")
     session.run(python, *pip, str(DIST / "needs"), *target, *carried, silent=True)
+    size = sum(path.stat().st_size for path in DIST.rglob("*.*")) >> 20
+    if size >= MOST_CARRIED_MIB:
+        session.error(f"dist/ has {size} MiB; below {MOST_CARRIED_MIB} are carried")
     session.log("carry this folder, dist/ included, to the GPU machine and run: bash .ci/gpu")
 
 

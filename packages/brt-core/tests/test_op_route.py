@@ -8,7 +8,7 @@ from core_cases import SMALL_CASES, RouteCase, capacity_cases, plain_route, size
 from torch import Tensor
 
 import brt
-from brt import ops
+from brt import KernelError, ops
 
 
 def expected(choice_NK: Tensor, num_paths: int, settings: tuple) -> tuple[Tensor, ...]:
@@ -84,11 +84,18 @@ def test_equal_priorities_keep_cell_order(device: torch.device) -> None:
     assert cell_R.tolist() == [1, 2, 3, 4, -1, -1]  # kept by priority, laid out in cell order
 
 
-def test_choices_outside_the_paths_are_none(device: torch.device) -> None:
-    choice = torch.tensor([[5], [-7], [1], [2]], device=device)
+@pytest.mark.parametrize("bad", [5, 2, -2, -7])
+def test_choices_outside_the_paths_are_an_error(bad: int, device: torch.device) -> None:
+    choice = torch.tensor([[0], [bad], [1], [-1]], device=device)
+    if device.type == "cpu":
+        with pytest.raises(KernelError, match=rf"\[-1, 2\), got {bad} at position 1"):
+            ops.route(choice, 2)
+        return
     _, _, row_NK, offsets = ops.route(choice, 2)
-    assert row_NK.flatten().tolist() == [-1, -1, 0, -1]
-    assert offsets.tolist() == [0, 0, 1]
+    with pytest.raises(KernelError, match="choices must be paths, or -1 for none"):
+        brt.check()
+    assert row_NK.flatten().tolist() == [0, -1, 1, -1]
+    assert offsets.tolist() == [0, 1, 2]
 
 
 def test_other_layouts_and_int32(device: torch.device) -> None:

@@ -10,8 +10,10 @@ down_PDH, activation) -> Callable`. Sorting by expert is made before by all but 
 "routed", which is brt with its route inside.
 The roofline is measured in the same run: a copy of 4 GiB, and a product of 8192 cubed. Bytes are
 the weights of the paths that some cell takes, the cells and the results; all times are medians in
-microseconds, with the L2 cache flushed before each. A chain is 8 calls in one graph, on other cells
-and other weights, for each of them: what a call costs inside a model, without the graph's start.
+microseconds, with the L2 cache flushed before each. "launch" is the share of the time that a graph
+of two kernels without work takes: where a layer has few bytes, that is the higher roof. A chain is
+8 calls in one graph, on other cells and other weights, for each of them: what a call costs inside a
+model, without the graph's start.
 
 Legend: N cells, K choices, R rows, P paths, D model and H hidden features.
 """
@@ -139,6 +141,21 @@ def ceilings(timer: Timer) -> tuple[float, float]:
     a, b = (torch.randn(8192, 8192, device="cuda").bfloat16() for _ in range(2))
     copied = 2 * source.numel() / timer.events(lambda: target.copy_(source))
     return copied, 2 * 8192**3 / timer.events(lambda: a @ b)
+
+
+def launches(timer: Timer) -> dict[str, float]:
+    """Microseconds of a graph of as many kernels as one cell takes, without work; in a chain, each.
+
+    No graph of so many kernels is faster, however few its bytes are.
+    """
+    tiny = torch.zeros(1, device="cuda")
+
+    def pair() -> None:
+        tiny.zero_()
+        tiny.zero_()
+
+    chain = timer.replay(lambda: [pair() for _ in range(CHAIN)]) / CHAIN
+    return {"us": timer.replay(pair), "chain_us": chain}
 
 
 def grouped_mm(p: Problem) -> Callable[[], Tensor]:
@@ -340,7 +357,7 @@ def table(lines: list[dict[str, Any]], ours: str, what: str) -> str:
     """A row a case: our time, its share of the roofline, and every peer's time over ours."""
     lines = [line for line in lines if ours in line[what]]
     peers = sorted({n for line in lines for n in line[what] if n != ours})
-    rows = [f"{what:<16} cells       us  roof " + " ".join(f"{p[:12]:>12}" for p in peers)]
+    rows = [f"{what:<16} cells       us  roof launch " + " ".join(f"{p[:12]:>12}" for p in peers)]
     ratios: dict[str, list[float]] = {p: [] for p in peers}
     for line in lines:
         us = line[what][ours]
@@ -352,10 +369,11 @@ def table(lines: list[dict[str, Any]], ours: str, what: str) -> str:
                 ratios[p].append(ratio)
         roof = line["roof_us" if what == "us" else "chain_roof_us"] / us
         rows.append(
-            f"{line['layer']:<16}{line['cells']:>6} {us:8.1f} {roof:5.2f} " + " ".join(shown)
+            f"{line['layer']:<16}{line['cells']:>6} {us:8.1f} {roof:5.2f} "
+            f"{line['launches'].get(what, 0) / us:6.2f} " + " ".join(shown)
         )
     means = " ".join(f"{geometric_mean(ratios[p]):12.2f}" for p in peers)
-    return "\n".join([*rows, f"{'geometric mean':<37}{means}"])
+    return "\n".join([*rows, f"{'geometric mean':<44}{means}"])
 
 
 def main() -> None:
@@ -373,9 +391,11 @@ def main() -> None:
     torch.manual_seed(0)
     timer = Timer()
     bytes_per_us, flops_per_us = (1.0, 1.0) if options.compile else ceilings(timer)
+    floor = {} if options.compile else launches(timer)
     about = {
         "device": torch.cuda.get_device_name(), "torch": torch.__version__, "dtype": "bfloat16",
         "copy_TB_per_s": bytes_per_us * 1e-6, "product_TFLOP_per_s": flops_per_us * 1e-6,
+        "launches": floor,
     }  # fmt: skip
     sys.stdout.write(f"{about}\n")
     lines = []
@@ -385,7 +405,7 @@ def main() -> None:
         p = chain[0]
         roofs = [max(q.bytes / bytes_per_us, q.flops / flops_per_us) for q in chain]
         line |= {"layer": name, "cells": p.x_ND.shape[0], "bytes": p.bytes, "flops": p.flops}
-        line |= {"roof_us": roofs[0], "chain_roof_us": sum(roofs) / len(roofs)}
+        line |= {"launches": floor, "roof_us": roofs[0], "chain_roof_us": sum(roofs) / len(roofs)}
         lines.append(line)
         options.out.write_text(json.dumps(about | {"results": lines}, indent=1))
     for what in ("us", "chain_us"):

@@ -47,6 +47,9 @@ def movement() -> list[dict[str, object]]:
     """Route, dispatch and combine; the last two as a share of the rate of copying."""
     num_cells, num_paths, num_choices, dim = 16384, 256, 8, 4096
     choice = torch.rand(num_cells, num_paths, device="cuda").topk(num_choices, 1).indices
+    others = [torch.rand(num_cells, num_paths, device="cuda").topk(num_choices, 1).indices]
+    others += [choice.flip(0), others[0].flip(0)]
+    chain = [choice, *others] * 2
     found = [
         {
             "op": "route",
@@ -54,6 +57,7 @@ def movement() -> list[dict[str, object]]:
             "P": num_paths,
             "K": num_choices,
             "us": replay_us(lambda: ops.route(choice, num_paths)),
+            "chain_us": replay_us(lambda: [ops.route(c, num_paths) for c in chain]) / len(chain),
         }
     ]
     for k in (1, 2):

@@ -1,6 +1,6 @@
 """grouped_conv2d against a loop of torch convolutions over the paths.
 
-python packages/brt-kernels/benchmarks/grouped_conv2d.py [cpu | cuda]
+python packages/brt-kernels/benchmarks/grouped_conv2d.py [cpu | cuda] [OUT.json] [PART OF A NAME]
 
 On the CPU: one thread, the functions in turn, median of many calls. On CUDA: eager calls and
 replays of a graph, by events, the L2 cache flushed before each call. The loop has its activation in
@@ -9,6 +9,7 @@ place; "last" is the loop on tensors that are channels-last from the start.
 
 from __future__ import annotations
 
+import json
 import statistics
 import sys
 import time
@@ -33,6 +34,10 @@ def same(num_paths: int, case: PathCase) -> list[PathCase]:
 
 WORKLOADS: dict[str, list[PathCase]] = {
     "1 path, 2x8x32x32 to 8": [PathCase(2, 8, (32, 32), 8)],
+    "1 path of 8 rows, 16 to 16": [PathCase(8, 16, (32, 32), 16)],
+    "1 path of 8 rows, 32 to 32": [PathCase(8, 32, (32, 32), 32)],
+    "1 path of 8 rows, 64 to 64 of 16x16": [PathCase(8, 64, (16, 16), 64)],
+    "1 path, 1x1, 64 to 64 of 16x16": [PathCase(8, 64, (16, 16), 64, kernel=1, padding=0)],
     "4 paths of 8 rows, 3 to 16 of 32x32": same(4, PathCase(8, 3, (32, 32), 16)),
     "4 paths of 8 rows, 8 to 8": same(4, PathCase(8, 8, (32, 32), 8)),
     "4 paths of 8 rows, 16 to 16": same(4, PathCase(8, 16, (32, 32), 16)),
@@ -44,6 +49,8 @@ WORKLOADS: dict[str, list[PathCase]] = {
     "stride 2, 64 to 128 of 16x16": same(4, PathCase(8, 64, (16, 16), 128, stride=2)),
     "1x1, 16 to 64 of 16x16": same(4, PathCase(8, 16, (16, 16), 64, kernel=1, padding=0)),
     "1x1, 64 to 64 of 16x16": same(4, PathCase(8, 64, (16, 16), 64, kernel=1, padding=0)),
+    "1x1, 256 to 512 of 14x14": same(4, PathCase(8, 256, (14, 14), 512, kernel=1, padding=0)),
+    "1x1, 512 to 512 of 7x7": same(4, PathCase(8, 512, (7, 7), 512, kernel=1, padding=0)),
     "1x1, 128 to 256 of 7x7": same(4, PathCase(8, 128, (7, 7), 256, kernel=1, padding=0)),
     "1x1 of 1x1, 64 to 64": same(4, PathCase(32, 64, (1, 1), 64, kernel=1, padding=0)),
     "depthwise 32 of 32x32": same(4, depthwise(8, 32, (32, 32))),
@@ -113,11 +120,14 @@ def main() -> None:
     device = torch.device(sys.argv[1] if len(sys.argv) > 1 else "cpu")
     torch.set_num_threads(1)
     torch.backends.cudnn.benchmark = True
-    name = torch.cuda.get_device_name() if device.type == "cuda" else ""
-    sys.stdout.write(f"{torch.__version__} {device} {name}\n")
-    dtypes = (torch.bfloat16, torch.float32)
-    for dtype in dtypes:
+    gpu = torch.cuda.get_device_name() if device.type == "cuda" else ""
+    sys.stdout.write(f"{torch.__version__} {device} {gpu}\n")
+    chosen = sys.argv[3] if len(sys.argv) > 3 else ""
+    lines = []
+    for dtype in (torch.bfloat16, torch.float32):
         for name, cases in WORKLOADS.items():
+            if chosen not in name:
+                continue
             call = call_of(cases, "relu").mapped(lambda t, d=dtype: t.to(device, d))
             last = call.mapped(
                 lambda t: t.to(memory_format=torch.channels_last) if t.ndim == 4 else t
@@ -137,6 +147,10 @@ def main() -> None:
             text = "  ".join(f"{key} {value:8.1f}" for key, value in found.items())
             rate = f"{flops / ours / 1e3:7.1f} GF/s"
             sys.stdout.write(f"{str(dtype)[6:]:8} {name:38} {text}  {rate}\n")
+            lines.append({"dtype": str(dtype)[6:], "workload": name, "flops": flops, "us": found})
+    if len(sys.argv) > 2:
+        about = {"device": gpu or "cpu", "torch": torch.__version__}
+        Path(sys.argv[2]).write_text(json.dumps(about | {"results": lines}, indent=1))
 
 
 if __name__ == "__main__":

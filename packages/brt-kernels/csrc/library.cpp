@@ -8,6 +8,7 @@ STABLE_TORCH_LIBRARY(brt_kernels, m) {
   m.def("use_isa(str name) -> str");
   m.def("cuda_refusal() -> str");  // implemented by the CUDA library only
   m.def("device_error(int device, bool wait) -> str");  // as above
+  m.def("error_word(int device) -> int");  // as above
   m.def(
       "route(Tensor choice_NK, SymInt num_paths, SymInt[]? capacity=None, Tensor? priority_N=None, "
       "SymInt group_size=0, SymInt multiple=1) -> (Tensor cell_R, Tensor slot_R, Tensor row_NK, Tensor offsets_P1)");
@@ -33,4 +34,9 @@ STABLE_TORCH_LIBRARY(brt_kernels, m) {
   m.def(
       "conv_chain_pack(Tensor x_RCHW, Tensor offsets_P1, Tensor[] params, SymInt[] steps, SymInt[] step_offsets_P1, "
       "float[] scales) -> Tensor");
+  // Two parts of conv_chain, of CUDA only: its plan, and the rest
+  m.def(
+      "conv_chain_plan(Tensor x_RCHW, Tensor offsets_P1, Tensor[] params, SymInt[] steps, SymInt[] step_offsets_P1, "
+      "float[] scales) -> str");
+  m.def("conv_chain_planned(Tensor x_RCHW, Tensor offsets_P1, Tensor packed, SymInt[] plan) -> Tensor");
 }

@@ -74,7 +74,7 @@ def test_a_captured_graph_outlives_the_cache() -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         got = brt.ops.conv_chain(x, offsets, params, BRANCHES)
-    plugin._packed_chains.clear()
+    plugin._planned_chains.clear()
     held = [torch.full((1 << 16,), torch.nan, device=device) for _ in range(64)]
     got.fill_(torch.nan)
     graph.replay()

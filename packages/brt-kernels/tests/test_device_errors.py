@@ -16,8 +16,11 @@ from torch import Tensor
 import brt
 import brt_kernels._plugin as plugin
 from brt import KernelError, checks, plugins
+from brt_kernels.triton import choice
 
 pytestmark = pytest.mark.cuda
+needs_triton = pytest.mark.skipif(not choice.installed(), reason="Triton is not installed")
+KERNELS = [plugin.NAME, pytest.param(plugin.TRITON_NAME, marks=needs_triton)]
 
 
 @pytest.fixture(autouse=True)
@@ -96,20 +99,66 @@ def test_route(limits: list[int] | None) -> None:
     ("offsets", "value", "position"),
     [((0, 3, 2, 9), 2, 2), ((0, 3, 5, 10), 10, 3), ((-1, 3, 5, 9), -1, 0)],
 )
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_offsets(offsets: tuple[int, ...], value: int, position: int, dtype: torch.dtype) -> None:
+def test_offsets(
+    offsets: tuple[int, ...], value: int, position: int, dtype: torch.dtype, kernel: str
+) -> None:
+    if kernel == plugin.TRITON_NAME and dtype == torch.float32:
+        pytest.skip("Triton's kernels are for halves")
     x, y = (torch.randn(9, n, device="cuda").to(dtype) for n in (16, 24))
     weight = torch.randn(3, 24, 16, device="cuda").to(dtype)
     tail = f" must rise from 0 to at most 9, got {value} at position {position}"
-    ops = torch.ops.brt_kernels
-    ops.grouped_linear(x, index(*offsets), weight)
-    assert told() == "grouped_linear: offsets_P1" + tail
-    outer = ops.grouped_outer(y, x, index(*offsets))
+    with brt.ops.use(kernel):
+        torch.ops.brt.grouped_linear(x, index(*offsets), weight, None, "none")
+        assert told() == "grouped_linear: offsets_P1" + tail
+        outer = torch.ops.brt.grouped_outer(y, x, index(*offsets))
     assert told() == "grouped_outer: offsets_P1" + tail
     begin, end = max(offsets[0], 0), offsets[1]
     expected = y[begin:end].double().t() @ x[begin:end].double()
     loose = 1e-4 if dtype == torch.float32 else 5e-2
     torch.testing.assert_close(outer[0].double(), expected, rtol=loose, atol=loose)
+
+
+@needs_triton
+@pytest.mark.parametrize("activation", ["relu", "swiglu"])
+@pytest.mark.parametrize("num_choices", [1, 2])
+@pytest.mark.parametrize("num_cells", [1, 16, 600])
+def test_expert_mlp_in_triton(num_cells: int, num_choices: int, activation: str) -> None:
+    up_rows = 32 if activation == "swiglu" else 16
+    x_ND, up, down = (
+        torch.randn(shape, device="cuda").bfloat16()
+        for shape in ((num_cells, 16), (3, up_rows, 16), (3, 16, 16))
+    )
+    choice_NK = torch.rand(num_cells, 3, device="cuda").topk(num_choices).indices
+    cell_R, _, row_NK, offsets_P1 = brt.ops.route(choice_NK, 3)
+    num_rows, last = cell_R.shape[0], num_cells - 1
+
+    def run(cell: Tensor, row: Tensor, offsets: Tensor) -> Tensor:
+        args = (x_ND, cell, row, offsets, None, up, None, down, None, activation)
+        with brt.ops.use(plugin.TRITON_NAME):
+            return torch.ops.brt.expert_mlp(*args)
+
+    def but(good: Tensor, position: int, bad: int) -> Tensor:
+        return good.flatten().scatter(0, index(position), bad).view(good.shape)
+
+    expected = run(cell_R, row_NK, offsets_P1)
+    assert told() == ""
+    for bad in (num_cells, -2):
+        run(but(cell_R, num_rows - 1, bad), row_NK, offsets_P1)
+        tail = f"cell_R must be in [-1, {num_cells}), got {bad} at position {num_rows - 1}"
+        assert told() in (f"expert_mlp: {tail}", f"dispatch: {tail}")
+    for bad in (num_rows, -2, 2**40):
+        got = run(cell_R, but(row_NK, last * num_choices, bad), offsets_P1)
+        tail = f"row_NK must be in [-1, {num_rows}), got {bad} at position {last * num_choices}"
+        assert told() in (f"expert_mlp: {tail}", f"combine: {tail}")
+        assert torch.equal(got[:last], expected[:last])
+    for position, bad in ((3, num_rows + 1), (0, -1)):
+        run(cell_R, row_NK, but(offsets_P1, position, bad))
+        tail = f"must rise from 0 to at most {num_rows}, got {bad} at position {position}"
+        assert told() == f"expert_mlp: offsets_P1 {tail}"
+    assert torch.equal(run(cell_R, row_NK, offsets_P1), expected)
+    assert told() == ""
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -65,6 +65,28 @@ def test_the_faster_one_is_chosen_on_the_cpu(
     assert (dtype == torch.float64) == ("takes float32, float16, bfloat16" in str(explained))
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("cases", [[PathCase(2, 128, (14, 14), 64)] * 3], ids=["wide"])
+def test_what_torch_computes_on_cuda_can_be_captured(cases: list[PathCase]) -> None:
+    call = call_of(cases, "relu").mapped(lambda t: t.cuda())
+    args = call.args()
+    explained = brt.ops.explain("grouped_conv2d", *args)
+    assert explained.chosen == "torch-conv"
+    assert "to torch" in str(explained)
+    torch.ops.brt.grouped_conv2d(*args)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        made = torch.ops.brt.grouped_conv2d(*args)
+    for x in call.x_P:
+        x.normal_()
+    graph.replay()
+    with brt.ops.use("reference"):
+        expected = torch.ops.brt.grouped_conv2d(*args)
+    for a, b in zip(made, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
 def test_other_dtypes_are_refused() -> None:
     x_P, weight_P, extras, convs, activation = call_of(MIXED).args()
     halves = [extras[0].half(), *extras[1:]]

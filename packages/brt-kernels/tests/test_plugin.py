@@ -89,11 +89,14 @@ def test_packed_weights_are_kept_until_a_source_changes() -> None:
     sources[1] = torch.ones(2)
     cache.get(sources, "a", make)
     assert len(made) == 4
+    assert len(cache._entries) == 1  # the others went with the source that was freed
     with torch.inference_mode():
         inference = [torch.ones(3)]
         cache.get(inference, "a", make)
         cache.get(inference, "a", make)
     assert len(made) == 6
+    cache.get(sources, "b", make)
+    cache.get(sources, "c", make)
     assert len(cache._entries) == 2
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from kernel_cases import ROUTES, RouteCase
@@ -36,13 +38,22 @@ def test_masks_equal_the_reference(
         assert torch.equal(a.cpu(), b)
 
 
-def test_other_choices_are_none(device: torch.device) -> None:
-    choice = torch.tensor([[5, 0], [-7, 1], [2, 3]], device=device)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+@pytest.mark.parametrize("bad", [3, -2, -(2**31)])
+def test_other_choices_are_an_error(bad: int, dtype: torch.dtype, device: torch.device) -> None:
+    choice = torch.tensor([[0, 2], [-1, bad], [2, 1]], dtype=dtype, device=device)
+    message = f"choice_NK must be in [-1, 3), got {bad} at position 3"
+    if device.type == "cpu":
+        for run in (route, reference.route):
+            with pytest.raises(Exception, match=re.escape(message)):
+                run(choice, 3)
+        return
     got = route(choice, 3)
+    told = torch.ops.brt_kernels.device_error(torch.cuda.current_device(), True)
+    assert told == f"route: {message}"
+    choice[1, 1] = -1
     for a, b in zip(got, reference.route(choice.cpu(), 3), strict=True):
         assert torch.equal(a.cpu(), b)
-    if device.type == "cuda":  # and are told, see test_device_errors.py
-        assert "got" in torch.ops.brt_kernels.device_error(torch.cuda.current_device(), True)
 
 
 LARGE = [  # cells, paths, choices: more than a block takes at a time, and more than 16 bits count

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from brt import checks
 from brt.conv_steps import image_shape, unflatten_branch
+from brt.errors import KernelError
 from brt.path_conv import activate_image, extra_of, unflatten_convs
 
 # Above this many choices a cell, `combine` walks rows on CPU instead of choices.
@@ -45,13 +47,20 @@ def route(
     first choices of all cells come before second choices, then cells of higher priority, then
     earlier cells; it counts within groups of ``group_size`` consecutive cells (0: one group).
     ``multiple`` pads every path; padding rows, and rows past the last offset, are -1. A choice
-    outside ``[0, P)`` is no choice.
+    of -1 is none; others outside ``[0, P)`` are an error (on CUDA at the next `brt.check`).
     R = N * K, plus P * (multiple - 1) where paths are padded.
     """
     num_cells, num_choices = choice_NK.shape
     device = choice_NK.device
     path_E = choice_NK.reshape(-1).to(torch.int64)
-    path_E = torch.where((path_E < 0) | (path_E >= num_paths), -1, path_E)
+    there_E = (path_E >= 0) & (path_E < num_paths)
+    checks.check_values(
+        (there_E | (path_E == -1)).all(),
+        "route: choices must be paths, or -1 for none",
+        detail=lambda: _first_bad(path_E, num_paths),
+        error=KernelError,
+    )
+    path_E = torch.where(there_E, path_E, -1)
     if capacity is not None:
         path_E = _drop_overflow(
             path_E, (num_cells, num_choices), num_paths, capacity, priority_N, group_size
@@ -84,6 +93,11 @@ def route(
     row_NK.scatter_(0, order_E, torch.where(sorted_key_E == num_paths, -1, row_E))
     cell_R = torch.div(slot_R, max(num_choices, 1), rounding_mode="floor")
     return cell_R, slot_R, row_NK.view(num_cells, num_choices), offsets_P1
+
+
+def _first_bad(path_E: Tensor, num_paths: int) -> str:
+    position = int(((path_E < -1) | (path_E >= num_paths)).nonzero()[0])
+    return f"choice_NK must be in [-1, {num_paths}), got {path_E[position]} at position {position}"
 
 
 def _drop_overflow(

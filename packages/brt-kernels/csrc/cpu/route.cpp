@@ -4,6 +4,7 @@
 #include "../route.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <numeric>
 
@@ -21,12 +22,15 @@ template <class T>
 void read_choices(const Tensor& choice_NK, Table& table) {
   const T* from = choice_NK.const_data_ptr<T>();
   const int64_t num_paths = table.num_paths;
+  std::atomic<int64_t> bad{-1};  // position of a choice that is neither a path nor none
   torch::stable::parallel_for(0, (int64_t)table.path_E.size(), kChunkEntries, [&](int64_t begin, int64_t end) {
     for (int64_t e = begin; e < end; ++e) {
       const int64_t path = from[e];
-      table.path_E[e] = path >= 0 && path < num_paths ? path : -1;
+      if (path < -1 || path >= num_paths) bad.store(e, std::memory_order_relaxed);
+      table.path_E[e] = path;
     }
   });
+  BRT_CHECK(bad < 0, "choice_NK must be in [-1, ", num_paths, "), got ", from[bad], " at position ", bad.load());
 }
 
 // The order in which cells are served: descending priority, stable; NaN counts as the highest, as in torch.

@@ -2,6 +2,7 @@
 #include "device_error.cuh"
 
 #include <atomic>
+#include <cstddef>
 #include <mutex>
 
 namespace brt {
@@ -133,8 +134,22 @@ std::string cuda_refusal() {
   return "";
 }
 
+// Where the error word of a device lies, for kernels that are compiled elsewhere: `tell` of
+// src/brt_kernels/triton/grouped_gemm.py writes it by these offsets.
+static_assert(offsetof(ErrorWord, taken) == 0 && offsetof(ErrorWord, found) == 8 && offsetof(BadIndex, where) == 0 &&
+              offsetof(BadIndex, value) == 8 && offsetof(BadIndex, bound) == 16 && offsetof(BadIndex, position) == 24);
+int64_t error_word_address(int64_t device) {
+  int before = 0;
+  BRT_CUDA_CHECK(cudaGetDevice(&before));
+  BRT_CUDA_CHECK(cudaSetDevice(static_cast<int>(device)));
+  const ErrorWord* word = error_word();
+  cudaSetDevice(before);
+  return reinterpret_cast<int64_t>(word);
+}
+
 STABLE_TORCH_LIBRARY_IMPL(brt_kernels, CompositeExplicitAutograd, m) {
   m.impl("cuda_refusal", TORCH_BOX(&cuda_refusal));
+  m.impl("error_word", TORCH_BOX(&error_word_address));
   m.impl("device_error", TORCH_BOX(&device_error));
 }
 

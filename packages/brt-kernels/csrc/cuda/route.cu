@@ -43,14 +43,23 @@ struct Entries {
     const unsigned cell = order_GS ? (unsigned)order_GS[first + j % cells] : j % cells;
     return (first + cell) * num_choices + j / cells;
   }
-  // Of the i-th entry; -1: none. What is neither a path nor -1 is told where errors are kept.
-  __device__ int path(unsigned i, ErrorWord* errors) const {
-    const unsigned e = entry(i);
-    const int64_t value = decision[e];
+  // Of an entry, as the decision says it; -1: none. What is neither a path nor -1 is told where errors are kept.
+  __device__ int path(unsigned e, int64_t value, ErrorWord* errors) const {
     if (mask) return value != 0 ? (int)(e % num_choices) : -1;
     if (value >= 0 && value < num_paths) return (int)value;
     if (value != -1 && errors) tell(errors, Where::kRouteChoice, value, num_paths, e);
     return -1;
+  }
+  // Of the entries index(s) before `last`: all are on their way before the first is looked at, and `meanwhile` runs.
+  template <class Index, class Meanwhile>
+  __device__ __forceinline__ void paths(const Index& index, unsigned last, ErrorWord* errors, int (&path_S)[kSteps],
+                                        const Meanwhile& meanwhile) const {
+    T value[kSteps];
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) value[s] = index(s) < last ? decision[entry(index(s))] : T{};
+    meanwhile();
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) path_S[s] = index(s) < last ? path(entry(index(s)), value[s], errors) : -1;
   }
 };
 
@@ -78,11 +87,7 @@ __global__ void __launch_bounds__(kWarps * 32) count_paths(Entries<T> entries, u
   const Span span(entries.num_entries, span_size);
   for (unsigned from = span.first; from < span.last; from += kChunk) {
     int path[kSteps];
-#pragma unroll
-    for (int s = 0; s < kSteps; ++s) {
-      const unsigned i = from + s * kThreads + threadIdx.x;
-      path[s] = i < span.last ? entries.path(i, errors) : -1;
-    }
+    entries.paths([&](int s) { return from + s * kThreads + threadIdx.x; }, span.last, errors, path, [] {});
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
       if (path[s] >= 0) atomicAdd(count_P + path[s], 1);
@@ -161,7 +166,7 @@ __device__ T sum_before(T value, T& total) {
 // Partial sums of the counts of all blocks.
 template <int kWarps, class Count>
 __device__ void sum_counts(const Count* count_BP, int padded_paths, int* sums) {
-  constexpr int kVector = 16 / sizeof(Count), kBatch = 4;  // loads in flight
+  constexpr int kVector = 16 / sizeof(Count), kBatch = 8;  // loads in flight
   const int vectors = padded_paths / kVector;
   const int width = Room<kWarps>::width(vectors), height = Room<kWarps>::height(vectors);
   const int x = threadIdx.x % width, y = threadIdx.x / width;
@@ -211,6 +216,7 @@ __device__ void begin_rows(const Rows& to, const Room<kWarps>& room, int num_pat
     const int p = base + threadIdx.x;
     int total = 0, before = 0;
     if (p < padded_paths) {
+#pragma unroll 8
       for (int y = 0; y < height; ++y) {
         total += room.sums[y * 2 * padded_paths + p];
         before += room.sums[(y * 2 + 1) * padded_paths + p];
@@ -283,14 +289,12 @@ __global__ void __launch_bounds__(kWarps * 32, 1024 / (kWarps * 32))
   for (unsigned from = span.first; from < span.last || from == span.first; from += kChunk) {
     // 1. Rank among the entries of the warp, which are consecutive
     int path[kSteps], rank[kSteps];
-#pragma unroll
-    for (int s = 0; s < kSteps; ++s) {
-      path[s] = from + position(s) < span.last ? entries.path(from + position(s), errors) : -1;
-    }
-    for (int i = threadIdx.x; i < kWarps * padded_paths / 2; i += kThreads) {
-      reinterpret_cast<unsigned*>(room.count_WP)[i] = 0;
-    }
-    __syncthreads();
+    entries.paths([&](int s) { return from + position(s); }, span.last, errors, path, [&] {
+      for (int i = threadIdx.x; i < kWarps * padded_paths / 8; i += kThreads) {
+        reinterpret_cast<uint4*>(room.count_WP)[i] = make_uint4(0, 0, 0, 0);
+      }
+      __syncthreads();
+    });
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
       rank[s] = rank_in_step(path[s], room.count_WP + warp * padded_paths, lane);

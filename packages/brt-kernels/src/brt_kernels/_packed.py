@@ -1,4 +1,4 @@
-"""Weights in the layout that a kernel reads, kept while their sources are unchanged."""
+"""What is made of weights for a kernel, kept while they are unchanged."""
 
 from __future__ import annotations
 
@@ -6,47 +6,77 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from operator import attrgetter
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+Made = TypeVar("Made")
 
-class PackedWeights:
+_version_of = attrgetter("_version")
+
+
+class Same:
+    """A key that equals itself alone, without a look at all that is in it."""
+
+    __slots__ = ("what",)
+
+    def __init__(self, what: object) -> None:
+        self.what = what  # alive, so that its identity is nobody else's
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and other.what is self.what
+
+    def __hash__(self) -> int:
+        return id(self.what)
+
+
+class PackedWeights(Generic[Made]):
     """A bounded cache of packed weights, by the identity and the version of their sources.
 
     A source that was freed, written in place or given other storage makes its entry worthless;
-    entries hold no source alive. Inference tensors have no versions, so nothing is kept for them.
-    Safe to share between threads.
+    entries hold no source alive, and go with the first that is freed. Inference tensors have no
+    versions, so nothing is kept for them. Safe to share between threads.
     """
 
-    def __init__(self, max_entries: int = 16) -> None:
+    def __init__(self, max_entries: int = 16, *, values: bool = True) -> None:
         self._max_entries = max_entries
-        self._entries: OrderedDict[Hashable, tuple[list[weakref.ref[Tensor]], object, Tensor]]
+        self._values = values  # whether what is kept depends on more than shapes and dtypes
+        self._entries: OrderedDict[Hashable, tuple[list[weakref.ref[Tensor]], object, Made]]
         self._entries = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a source may be freed while it is held
 
-    def get(self, sources: Sequence[Tensor], extra: Hashable, make: Callable[[], Tensor]) -> Tensor:
+    def get(self, sources: Sequence[Tensor], extra: Hashable, make: Callable[[], Made]) -> Made:
         """What ``make()`` returns, or returned for the same sources and ``extra``."""
-        # Lists, not generators: there may be thousands of sources, and this runs in every call
-        if torch.compiler.is_compiling() or any([t.is_inference() for t in sources]):
+        if torch.compiler.is_compiling():
             return make()
-        state = ([t._version for t in sources], [t.data_ptr() for t in sources])
-        key = (tuple([id(t) for t in sources]), extra)
+        # There may be thousands of sources, and this runs in every call
+        try:
+            state = self._values and (
+                list(map(_version_of, sources)),
+                list(map(Tensor.data_ptr, sources)),
+            )
+        except RuntimeError:  # of inference tensors
+            return make()
+        key = (tuple(map(id, sources)), extra)
         with self._lock:
             found = self._entries.get(key)
-            if found is not None:
-                refs, known_state, packed = found
-                same = [ref() is t for ref, t in zip(refs, sources, strict=True)]
-                if all(same) and known_state == state:
-                    self._entries.move_to_end(key)
-                    return packed
-        packed = make()
+            if found is not None and found[1] == state:
+                self._entries.move_to_end(key)
+                return found[2]
+        made = make()
+
+        def forget(_: object) -> None:
+            with self._lock:
+                self._entries.pop(key, None)
+
         with self._lock:
-            self._entries[key] = ([weakref.ref(t) for t in sources], state, packed)
+            self._entries[key] = ([weakref.ref(t, forget) for t in sources], state, made)
             self._entries.move_to_end(key)
             while len(self._entries) > self._max_entries:
                 self._entries.popitem(last=False)
-        return packed
+        return made
 
     def clear(self) -> None:
         """Drop everything."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ import brt
 from brt import KernelSpec, checks
 from brt.path_conv import conv_works
 from brt_kernels._load import load
-from brt_kernels._packed import PackedWeights
+from brt_kernels._packed import PackedWeights, Same
 from brt_kernels.ops import register_all_fakes
 from brt_kernels.triton import choice
 
@@ -105,10 +105,33 @@ def _mlp_refuses(*args: Any) -> str | None:
     )
 
 
+class _ChainFacts(NamedTuple):
+    dtypes: frozenset[torch.dtype]
+    numel: int
+    widest: int  # channels that a convolution reads
+
+
+_chain_facts: PackedWeights[_ChainFacts] = PackedWeights(values=False)
+
+
+def _facts_of(params: Sequence[Tensor]) -> _ChainFacts:
+    """What the choice asks of thousands of parameters, in every call."""
+
+    def look() -> _ChainFacts:
+        widest = max((p.shape[1] for p in params if p.ndim == 4), default=0)
+        dtypes = frozenset(p.dtype for p in params)
+        return _ChainFacts(dtypes, sum(p.numel() for p in params), widest)
+
+    return _chain_facts.get(params, None, look)
+
+
 def _chain_refuses(
     x_RCHW: Tensor, offsets: Tensor, params: Sequence[Tensor], *_: Any
 ) -> str | None:
-    return _floats(x_RCHW) or next((_floats(p) for p in params if p.dtype not in FLOATS), None)
+    others = sorted(map(str, _facts_of(params).dtypes.difference(FLOATS)))
+    return _floats(x_RCHW) or (
+        f"takes float32, float16, bfloat16, not {', '.join(others)}" if others else None
+    )
 
 
 def _conv2d_refuses(
@@ -183,7 +206,7 @@ def _chain(device: str) -> Callable[..., float]:
     rate = FLOPS_PER_US[device]
 
     def estimate(x_RCHW: Tensor, offsets_P1: Tensor, params: Sequence[Tensor], *_: Any) -> float:
-        weights = sum(p.numel() for p in params) / max(1, offsets_P1.shape[0] - 1)
+        weights = _facts_of(params).numel / max(1, offsets_P1.shape[0] - 1)
         return 10 * OVERHEAD_US + 2 * weights * x_RCHW[:, 0].numel() / rate
 
     return estimate
@@ -203,7 +226,8 @@ def _conv2d(device: str) -> Callable[..., float]:
     return estimate
 
 
-_packed_chains = PackedWeights()
+_packed_chains: PackedWeights[Tensor] = PackedWeights()
+_planned_chains: PackedWeights[tuple[Tensor, list[int]]] = PackedWeights()
 # What CUDA graphs read at every replay, and must therefore outlive the entries above
 _captured_chains: dict[int, Tensor] = {}
 
@@ -218,15 +242,28 @@ def _conv_chain(
 ) -> Tensor:
     ops = torch.ops.brt_kernels
     args = (x_RCHW, offsets_P1, params, steps, step_offsets_P1, scales)
-    machine: tuple[object, ...] = (ops.use_isa(""),)
-    if x_RCHW.is_cuda:
-        # There the places of images and the scales are packed beside the weights
-        machine = (tuple(scales), x_RCHW.dtype, tuple(x_RCHW.shape[1:]))
-    extra = (tuple(steps), tuple(step_offsets_P1), machine)
-    packed = _packed_chains.get(params, extra, lambda: ops.conv_chain_pack(*args))
-    if x_RCHW.is_cuda and torch.cuda.is_current_stream_capturing():
+    program = (_key_of(steps), tuple(step_offsets_P1))
+    if not x_RCHW.is_cuda:
+        extra = (*program, ops.use_isa(""))
+        packed = _packed_chains.get(params, extra, lambda: ops.conv_chain_pack(*args))
+        return ops.conv_chain(*args, packed)
+    # There the places of images and the scales are packed beside the weights, and to plan them
+    # takes longer than the call
+    there = (*program, _key_of(scales), x_RCHW.dtype, x_RCHW.shape[1:], x_RCHW.device)
+
+    def make() -> tuple[Tensor, list[int]]:
+        plan = ops.conv_chain_plan(*args)
+        return ops.conv_chain_pack(*args), [int(word) for word in plan.split()]
+
+    packed, plan = _planned_chains.get(params, there, make)
+    if torch.cuda.is_current_stream_capturing():
         _captured_chains[packed.data_ptr()] = packed
-    return ops.conv_chain(*args, packed)
+    return ops.conv_chain_planned(x_RCHW, offsets_P1, packed, plan)
+
+
+def _key_of(numbers: Sequence[float]) -> Same | tuple[float, ...]:
+    """A key for thousands of numbers: cheap for a tuple, which cannot change."""
+    return Same(numbers) if type(numbers) is tuple else tuple(numbers)
 
 
 # What the CUDA kernels leave to others, beside what both refuse.
@@ -265,24 +302,30 @@ def _cuda_chain_refuses(
 ) -> str | None:
     if x_RCHW.ndim == 4 and x_RCHW.shape[2] * x_RCHW.shape[3] > MOST_CUDA_CHAIN_PIXELS:
         return f"takes cells of up to {MOST_CUDA_CHAIN_PIXELS} pixels: one block computes a cell"
-    widest = max((p.shape[1] for p in params if p.ndim == 4), default=0)
-    if widest > MOST_CUDA_CHAIN_CHANNELS:
-        return f"takes convolutions of up to {MOST_CUDA_CHAIN_CHANNELS} channels, not {widest}"
-    return _same(x_RCHW, *params) or _indices(offsets)
+    facts = _facts_of(params)
+    if facts.widest > MOST_CUDA_CHAIN_CHANNELS:
+        return (
+            f"takes convolutions of up to {MOST_CUDA_CHAIN_CHANNELS} channels, not {facts.widest}"
+        )
+    if others := sorted(map(str, facts.dtypes - {x_RCHW.dtype})):
+        return f"takes one dtype, not {x_RCHW.dtype} and {', '.join(others)}"
+    return _indices(offsets)
 
 
-# On an H200 torch's convolutions are the faster ones from there on, and for a single path.
-MOST_CUDA_CHANNELS = 64
+# On an H200 torch's convolutions, captured in a graph, are the faster ones from there on, and for a
+# single path: see benchmarks/grouped_conv2d.py.
+MOST_CUDA_CHANNELS = {1: 128}
+MOST_CUDA_CHANNELS_ELSE = 64
 
 
 def _cuda_conv2d_refuses(x_P: Sequence[Tensor], weight_P: Sequence[Tensor], *_: Any) -> str | None:
     if len(x_P) == 1:
         return "leaves a single path to torch"
-    channels = max(weight.shape[1] for weight in weight_P)
-    if channels > MOST_CUDA_CHANNELS:
-        return (
-            f"leaves more than {MOST_CUDA_CHANNELS} channels of a group to torch, here {channels}"
-        )
+    for weight in weight_P:
+        channels, kernel = weight.shape[1:3]
+        most = MOST_CUDA_CHANNELS.get(kernel, MOST_CUDA_CHANNELS_ELSE)
+        if channels > most:
+            return f"leaves more than {most} channels of a group to torch, here {channels}"
     return None
 
 

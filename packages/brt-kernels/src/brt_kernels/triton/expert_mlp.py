@@ -11,7 +11,8 @@ from torch import Tensor
 
 from brt_kernels.triton.one_cell import one_cell_down, one_cell_up
 from brt_kernels.triton.product import boxable, early, on_device, product
-from brt_kernels.triton.tiles import STRIP_UP, choose, power_of_two, strip_down
+from brt_kernels.triton.tells import OF_MLP, Tells, error_word, told
+from brt_kernels.triton.tiles import choose, power_of_two, strip_down, strip_up
 
 _MOST_ROWS_OF_ONE_CELL = 32
 
@@ -39,7 +40,7 @@ def expert_mlp(
     up_bias_PH = None if up_bias_PH is None else up_bias_PH.contiguous()
     down_bias_PD = None if down_bias_PD is None else down_bias_PD.contiguous()
     hidden_RH = x_ND.new_empty((num_rows, num_hidden))
-    pair = early(x_ND)
+    pair, tells = early(x_ND), told(OF_MLP, x_ND.device)
     with on_device(x_ND):
         if num_cells == 1 and num_rows <= _MOST_ROWS_OF_ONE_CELL:
             return _one_cell(
@@ -53,7 +54,7 @@ def expert_mlp(
         rows, cells = (x_ND, cell_R) if tile.gather else (_gather(x_ND, cell_R, row_NK), None)
         product(
             rows, cells, offsets_P1, up_PHD, up_bias_PH, hidden_RH, tile, activation,
-            num_rows=num_rows, first=pair,
+            num_rows=num_rows, first=pair, tells=Tells(tells.offsets, tells.cells),
         )  # fmt: skip
 
         # 2. Results: of one choice to their cells at once, of several to be summed
@@ -62,7 +63,7 @@ def expert_mlp(
         out = x_ND.new_empty((num_cells if to_cells else num_rows, num_out))
         product(
             hidden_RH, None, offsets_P1, down_PDH, down_bias_PD, out, tile, "none",
-            num_rows=num_rows, to_cells=to_cells, second=pair,
+            num_rows=num_rows, to_cells=to_cells, second=pair, tells=Tells(rows=tells.rows),
         )  # fmt: skip
         return out if to_cells else _combine(out, row_NK, cell_R, weight_R)
 
@@ -85,20 +86,22 @@ def _one_cell(
     num_rows, num_choices = cell_R.shape[0], row_1K.shape[1]
     paths = max(16, power_of_two(num_paths))
     out_1D = x_1D.new_empty((1, num_out))
-    pair = early(x_1D)
-    up, down = STRIP_UP, strip_down(num_hidden, num_choices)
+    pair, tells = early(x_1D), told(OF_MLP, x_1D.device)
+    errors = error_word(x_1D.device)
+    up, down = strip_up(num_in, gated=gated), strip_down(num_hidden, num_choices)
     one_cell_up[(triton.cdiv(num_hidden, up.block_n), num_rows)](
-        x_1D, cell_R, offsets_P1, up_PHD, up_bias_PH, hidden_RH, num_paths, num_in, num_hidden,
+        x_1D, cell_R, offsets_P1, up_PHD, up_bias_PH, hidden_RH, errors, num_paths, num_in,
+        num_hidden, num_rows, TELL_OFFSETS=tells.offsets, TELL_CELLS=tells.cells,
         ACT="none" if gated else activation, GATED=gated, BIAS=up_bias_PH is not None,
         BLOCK_H=up.block_n, BLOCK_K=up.block_k, STAGES=up.num_stages, PATHS=paths, FIRST=pair,
-        num_warps=up.num_warps,
+        num_warps=up.num_warps, **({"launch_pdl": True} if pair else {}),
     )  # fmt: skip
     one_cell_down[(triton.cdiv(num_out, down.block_n),)](
-        hidden_RH, row_1K, offsets_P1, weight_R, down_PDH, down_bias_PD, out_1D, num_rows,
+        hidden_RH, row_1K, offsets_P1, weight_R, down_PDH, down_bias_PD, out_1D, errors, num_rows,
         num_paths, num_hidden, num_out, num_choices, BIAS=down_bias_PD is not None,
-        WEIGHTED=weight_R is not None, BLOCK_D=down.block_n, BLOCK_K=down.block_k,
-        CHOICES=power_of_two(num_choices), STAGES=down.num_stages, PATHS=paths,
-        LINES=min(16, power_of_two(triton.cdiv(num_hidden, 64))), SECOND=pair,
+        TELL_ROWS=tells.rows, WEIGHTED=weight_R is not None, BLOCK_D=down.block_n,
+        BLOCK_K=down.block_k, CHOICES=power_of_two(num_choices), STAGES=down.num_stages,
+        PATHS=paths, LINES=min(16, power_of_two(triton.cdiv(num_hidden, 64))), SECOND=pair,
         num_warps=down.num_warps, **({"launch_pdl": True} if pair else {}),
     )  # fmt: skip
     return out_1D

@@ -65,13 +65,72 @@ def _find_tile(
 
 
 @triton.jit
-def _zero_cells(out, row_NK, num_cells, num_rows, num_out, BLOCK: tl.constexpr):
+def tell(errors, where, bad, value, bound, position):
+    """Keep the first bad index as the CUDA library does: see csrc/cuda/device_error.cuh."""
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred bad, first;
+        .reg .b32 taken;
+        .reg .b64 found;
+        setp.ne.b32 bad, $1, 0;
+        mov.b32 taken, 1;
+        @bad atom.global.cas.b32 taken, [$2], 0, 1;
+        setp.eq.b32 first, taken, 0;
+        @first ld.global.b64 found, [$2 + 8];
+        @first st.volatile.global.b64 [found + 8], $4;
+        @first st.volatile.global.b64 [found + 16], $5;
+        @first st.volatile.global.b64 [found + 24], $6;
+        @first fence.acq_rel.sys;
+        @first st.volatile.global.b32 [found], $3;
+        mov.b32 $0, taken;
+        }""",
+        "=r,r,l,r,l,l,l",
+        [
+            bad.to(tl.int32),
+            errors,
+            where,
+            value.to(tl.int64),
+            tl.zeros((), tl.int64) + bound,  # a number that is 1 is no tensor
+            position.to(tl.int64),
+        ],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def tell_offsets(errors, where, offsets_P1, num_rows, num_paths, here, PATHS: tl.constexpr):
+    """Tell of offsets that do not rise from 0 to at most the number of rows, if ``here``."""
+    p = tl.arange(0, PATHS)
+    mask = (p < num_paths) & here
+    begin = tl.load(offsets_P1 + p, mask=mask, other=0)
+    end = tl.load(offsets_P1 + p + 1, mask=mask, other=0)
+    bad = ((end < begin) | (end > num_rows)) & mask
+    tell(errors, where, bad, end, num_rows, p + 1)
+    bad = ((begin < 0) | (begin > num_rows)) & mask & (p == 0)
+    tell(errors, where, bad, begin, num_rows, p)
+
+
+@triton.jit
+def _zero_cells(
+    out,
+    row_NK,
+    errors,
+    num_cells,
+    num_rows,
+    num_out,
+    TELL_ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Zeros for the cells without a row; of one choice a cell."""
     start = tl.program_id(0) * BLOCK
     for n0 in range(start, num_cells, tl.num_programs(0) * BLOCK):
         n = n0 + tl.arange(0, BLOCK)
         row = tl.load(row_NK + n, mask=n < num_cells, other=0)
         none = (n < num_cells) & ((row < 0) | (row >= num_rows))
+        if TELL_ROWS > 0:
+            tell(errors, TELL_ROWS, none & (row != -1), row, num_rows, n)
         if tl.max(none.to(tl.int32), 0) > 0:
             to = out + n.to(tl.int64) * num_out
             for o0 in range(0, num_out, 64):
@@ -88,6 +147,7 @@ def _tile(  # noqa: C901 (every branch is taken while compiling)
     bias_PO,
     out,
     weight_R,
+    errors,
     num_x,
     num_in,
     num_out,
@@ -106,6 +166,7 @@ def _tile(  # noqa: C901 (every branch is taken while compiling)
     SWAP: tl.constexpr,
     HALVES: tl.constexpr,  # a tile leaves in two halves
     EVEN_K: tl.constexpr,
+    TELL_CELLS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -116,6 +177,9 @@ def _tile(  # noqa: C901 (every branch is taken while compiling)
     if GATHER:
         cell = tl.load(cell_R + row, mask=row < end, other=-1)
         there = (cell >= 0) & (cell < num_x)
+        if TELL_CELLS > 0:
+            bad = (row < end) & (cell != -1) & (there == 0) & (n0 == 0)
+            tell(errors, TELL_CELLS, bad, cell, num_x, row)
         from_row = x + tl.where(there, cell, 0).to(tl.int64) * x_stride
 
     # 2. Sum over features in
@@ -190,6 +254,7 @@ def grouped_gemm(
     out,  # [R, O]; SCATTER [X, O]
     weight_R,
     row_NK,
+    errors,  # address of the word that a bad index is told to
     num_x,
     num_rows,
     num_paths,
@@ -213,17 +278,24 @@ def grouped_gemm(
     GROUP_M: tl.constexpr,
     PATHS: tl.constexpr,  # a power of two, at least P
     FLATTEN: tl.constexpr,
+    TELL_OFFSETS: tl.constexpr,  # what bad ones are told as; 0: they are not looked for
+    TELL_CELLS: tl.constexpr,
+    TELL_ROWS: tl.constexpr,
     FIRST: tl.constexpr,  # another kernel of ours follows and may start early
     SECOND: tl.constexpr,  # x comes from the kernel before
 ):
     """Every tile of rows of every path times its weight."""
     if FIRST:
+        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     num_tiles_n = (num_out + BLOCK_N - 1) // BLOCK_N
     upto_P = _tiles_before(offsets_P1, num_rows, num_paths, BLOCK_M, PATHS)
     num_tiles = tl.max(upto_P, 0) * num_tiles_n
     if SCATTER:
-        _zero_cells(out, row_NK, num_x, num_rows, num_out, BLOCK=64)
+        _zero_cells(out, row_NK, errors, num_x, num_rows, num_out, TELL_ROWS, BLOCK=64)
+    if TELL_OFFSETS > 0:
+        first = tl.program_id(0) == 0
+        tell_offsets(errors, TELL_OFFSETS, offsets_P1, num_rows, num_paths, first, PATHS)
     if SECOND:
         tl.extra.cuda.gdc_wait()
 
@@ -233,9 +305,9 @@ def grouped_gemm(
         )
         n0 = n_idx * BLOCK_N
         _tile(
-            x, cell_R, weight, bias_PO, out, weight_R, num_x, num_in, num_out, x_stride,
-            path, first_row, end, n0, ACT, GATED, BIAS, GATHER, SCATTER, WEIGHTED,
-            TRANSPOSED, SWAP, HALVES, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
+            x, cell_R, weight, bias_PO, out, weight_R, errors, num_x, num_in, num_out, x_stride,
+            path, first_row, end, n0, ACT, GATED, BIAS, GATHER, SCATTER, WEIGHTED, TRANSPOSED,
+            SWAP, HALVES, EVEN_K, TELL_CELLS, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
 
     if ZERO_REST:
@@ -258,6 +330,7 @@ def grouped_outer(
     x_RI,
     offsets_P1,
     out_POI,
+    errors,
     num_rows,
     num_paths,
     num_out,
@@ -267,8 +340,13 @@ def grouped_outer(
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    PATHS: tl.constexpr,
+    TELL_OFFSETS: tl.constexpr,
 ):
     """For each path the sum over its rows of y times x, transposed."""
+    if TELL_OFFSETS > 0:
+        first = tl.program_id(0) == 0
+        tell_offsets(errors, TELL_OFFSETS, offsets_P1, num_rows, num_paths, first, PATHS)
     num_tiles_o = (num_out + BLOCK_O - 1) // BLOCK_O
     num_tiles_i = (num_in + BLOCK_I - 1) // BLOCK_I
     num_tiles = num_tiles_o * num_tiles_i

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from brt_kernels.triton import grouped_gemm
 from brt_kernels.triton.product import boxable, boxes, num_sms, on_device, product
-from brt_kernels.triton.tiles import choose, fit_features_in
+from brt_kernels.triton.tells import OF_LINEAR, OF_OUTER, error_word, told
+from brt_kernels.triton.tiles import choose, fit_features_in, power_of_two
 
 _OUTER = {"BLOCK_O": 128, "BLOCK_I": 256, "BLOCK_R": 64}
 
@@ -34,7 +35,7 @@ def grouped_linear(
     with on_device(x_RI):
         product(
             boxable(x_RI), None, offsets_P1, weight_POI, bias_PO, out_RO, tile, activation,
-            num_rows=num_rows, zero_rest=True,
+            num_rows=num_rows, zero_rest=True, tells=told(OF_LINEAR, x_RI.device),
         )  # fmt: skip
     return out_RO
 
@@ -51,7 +52,8 @@ def grouped_outer(y_RO: Tensor, x_RI: Tensor, offsets_P1: Tensor) -> Tensor:
     with on_device(x):
         grouped_gemm.grouped_outer[(min(num_sms(x.device), tiles),)](
             boxes(y, block_r, block_o), boxes(x, block_r, block_i), y, x, offsets_P1, out_POI,
-            x.shape[0], num_paths, num_out, num_in, y.stride(0), x.stride(0), **_OUTER,
-            num_warps=8, num_stages=3,
+            error_word(x.device), x.shape[0], num_paths, num_out, num_in, y.stride(0), x.stride(0),
+            **_OUTER, PATHS=max(16, power_of_two(num_paths)),
+            TELL_OFFSETS=told(OF_OUTER, x.device).offsets, num_warps=8, num_stages=3,
         )  # fmt: skip
     return out_POI

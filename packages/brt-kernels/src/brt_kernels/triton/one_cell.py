@@ -10,7 +10,7 @@ features, K features of a step.
 import triton
 import triton.language as tl
 
-from brt_kernels.triton.grouped_gemm import activate_in_registers
+from brt_kernels.triton.grouped_gemm import activate_in_registers, tell, tell_offsets
 
 
 @triton.jit
@@ -21,9 +21,13 @@ def one_cell_up(
     up_PHD,
     bias_PH,
     hidden_RH,
+    errors,  # address of the word that a bad index is told to
     num_paths,
     num_in,
     num_hidden,
+    num_rows,
+    TELL_OFFSETS: tl.constexpr,  # what bad ones are told as; 0: they are not looked for
+    TELL_CELLS: tl.constexpr,
     ACT: tl.constexpr,
     GATED: tl.constexpr,
     BIAS: tl.constexpr,
@@ -35,18 +39,28 @@ def one_cell_up(
 ):
     """Hidden features of one row: as many as a program takes."""
     if FIRST:
+        # Whatever ran before is done; then the kernel below may start to fetch its weights
+        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(1)
     cell = tl.load(cell_R + row)
     p = tl.arange(0, PATHS)
     end_P = tl.load(offsets_P1 + 1 + p, mask=p < num_paths, other=2147483647)
     path = tl.sum((end_P <= row).to(tl.int32), 0)
+    first = tl.program_id(0) == 0
+    bad_cell = first & (path < num_paths) & ((cell < -1) | (cell > 0))
+    if TELL_OFFSETS > 0:
+        tell_offsets(
+            errors, TELL_OFFSETS, offsets_P1, num_rows, num_paths, first & (row == 0), PATHS
+        )
+    if TELL_CELLS > 0:
+        tell(errors, TELL_CELLS, bad_cell, cell, 1, row)
     if (path < num_paths) & (cell == 0):
         h = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
         here = h < num_hidden
         k = tl.arange(0, BLOCK_K)
-        first = path * (2 * num_hidden if GATED else num_hidden)
-        from_H = up_PHD + (first + h).to(tl.int64) * num_in
+        first_h = path * (2 * num_hidden if GATED else num_hidden)
+        from_H = up_PHD + (first_h + h).to(tl.int64) * num_in
         from_up_H = from_H + num_hidden.to(tl.int64) * num_in
         sums = tl.zeros((BLOCK_H, BLOCK_K), tl.float32)
         sums_up = sums
@@ -60,11 +74,12 @@ def one_cell_up(
                 sums_up += u.to(tl.float32) * x_K[None, :]
         made = tl.sum(sums, 1)
         if BIAS:
-            made += tl.load(bias_PH + first + h, mask=here, other=0.0).to(tl.float32)
+            made += tl.load(bias_PH + first_h + h, mask=here, other=0.0).to(tl.float32)
         if GATED:
             up = tl.sum(sums_up, 1)
             if BIAS:
-                up += tl.load(bias_PH + first + num_hidden + h, mask=here, other=0.0).to(tl.float32)
+                bias = tl.load(bias_PH + first_h + num_hidden + h, mask=here, other=0.0)
+                up += bias.to(tl.float32)
             made = made * tl.sigmoid(made) * up
         else:
             made = activate_in_registers(made, ACT)
@@ -94,11 +109,13 @@ def one_cell_down(
     down_PDH,
     bias_PD,
     out,  # [D]
+    errors,
     num_rows,
     num_paths,
     num_hidden,
     num_out,
     num_choices,
+    TELL_ROWS: tl.constexpr,
     BIAS: tl.constexpr,
     WEIGHTED: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -110,9 +127,14 @@ def one_cell_down(
     SECOND: tl.constexpr,
 ):
     """The cell's result: all its choices at once, so that nothing is left to sum."""
+    if SECOND:
+        tl.extra.cuda.gdc_launch_dependents()
     # 1. Where the choices lie
     c = tl.arange(0, CHOICES)
     row = tl.load(row_K + c, mask=c < num_choices, other=-1)
+    bad_row = ((row < -1) | (row >= num_rows)) & (tl.program_id(0) == 0)
+    if TELL_ROWS > 0:
+        tell(errors, TELL_ROWS, bad_row, row, num_rows, c)
     p = tl.arange(0, PATHS)
     end_P = tl.load(offsets_P1 + 1 + p, mask=p < num_paths, other=2147483647)
     path = tl.sum((end_P[None, :] <= row[:, None]).to(tl.int32), 1)

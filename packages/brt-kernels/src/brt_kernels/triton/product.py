@@ -15,6 +15,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from brt_kernels.triton.grouped_gemm import grouped_gemm
+from brt_kernels.triton.tells import NOTHING, Tells, error_word
 from brt_kernels.triton.tiles import Tile, power_of_two
 
 
@@ -65,11 +66,12 @@ def product(
     zero_rest: bool = False,
     first: bool = False,
     second: bool = False,
+    tells: Tells = NOTHING,
 ) -> None:
     """``out[r] = act(weight[p] @ x[cell[r]] + bias[p])`` for the rows r of every path p.
 
     ``to_cells`` (cell_R, row_N1, weight_R) sends results to their cells, weighted. ``first`` and
-    ``second`` mark two launches of which the later may start early.
+    ``second`` mark two launches, each of which may start before what precedes it has ended.
     """
     gated = activation == "swiglu"
     num_paths, weight_rows, num_in = weight_POI.shape
@@ -94,6 +96,7 @@ def product(
         out,
         weight_R,
         row_NK,
+        error_word(x.device),
         out.shape[0] if to_cells is not None else x.shape[0],
         num_rows,
         num_paths,
@@ -117,9 +120,12 @@ def product(
         GROUP_M=tile.group_m,
         PATHS=max(16, power_of_two(num_paths)),
         FLATTEN=tile.flatten,
+        TELL_OFFSETS=tells.offsets,
+        TELL_CELLS=tells.cells,
+        TELL_ROWS=tells.rows,
         FIRST=first,
         SECOND=second,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        **({"launch_pdl": True} if second else {}),
+        **({"launch_pdl": True} if first or second else {}),
     )

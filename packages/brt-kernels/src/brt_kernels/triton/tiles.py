@@ -40,14 +40,19 @@ class Strip:
     num_stages: int = 3
 
 
-# Measured on an H200, for the hidden features of one cell
-STRIP_UP = Strip(4, 512, num_stages=4)
+# Measured on an H200
+def strip_up(num_in: int, *, gated: bool) -> Strip:
+    """For the hidden features of one cell."""
+    if num_in > _MANY_FEATURES:
+        return Strip(4, 512, num_stages=4)
+    return Strip(8, 256 if gated else 512, num_stages=4)
 
 
 def strip_down(num_hidden: int, num_choices: int) -> Strip:
     """For the result of one cell, whose choices are summed together."""
-    block_n, features = (2, 2048) if num_hidden >= _MANY_HIDDEN else (8, 1024)
-    return Strip(block_n, max(64, features // power_of_two(num_choices)))
+    if num_hidden < _MANY_FEATURES:
+        return Strip(4, max(64, 1024 // power_of_two(num_choices)), num_warps=8)
+    return Strip(2, max(64, (1024 if num_choices == 1 else 2048) // power_of_two(num_choices)))
 
 
 def power_of_two(least: int) -> int:
@@ -55,7 +60,7 @@ def power_of_two(least: int) -> int:
     return 1 << max(least - 1, 0).bit_length()
 
 
-_MANY_HIDDEN = 2048
+_MANY_FEATURES = 2048
 
 # Rows a path, on average, up to which reading weights takes longer than computing with them, and
 # the rows of a tile then: loads vary around their mean
