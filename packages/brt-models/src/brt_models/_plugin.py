@@ -20,6 +20,7 @@ from brt_models.adapters import ADAPTERS
 from brt_models.language_models import MODELS, PROTOCOLS, WORKLOADS
 from brt_models.trained import DEMOS, TRAINED
 from brt_models.workloads import classsr as classsr_workloads
+from brt_models.workloads import drift as drift_workloads
 from brt_models.workloads import dynamic_routing as dynamic_routing_workloads
 from brt_models.workloads import livesr as livesr_workloads
 from brt_models.workloads import msdnet as msdnet_workloads
@@ -162,6 +163,11 @@ def brt_workloads() -> Iterable[brt.WorkloadSpec]:
         name="livesr",
         summary="LiveSR, classifier included, on one frame with its published loads",
         factory=livesr_workloads.frame,
+    )
+    yield brt.WorkloadSpec(
+        name="drift",
+        summary="branches of LiveSR, planned for 4 and 27 patches, get 8",
+        factory=drift_workloads.drift,
     )
     yield brt.WorkloadSpec(
         name="classsr",
