@@ -228,6 +228,27 @@ def test_centres_go_round(tmp_path: Path) -> None:
     assert (other.classifier.centres_PF == 1).all()
 
 
+def test_folders_go_round(tmp_path: Path) -> None:
+    model = tiny(replace(TINY, size=32, stride=28))
+    livesr.save(model, tmp_path)
+    again = livesr.load(tmp_path)
+    assert again.config == model.config
+    assert not again.training
+    x = torch.rand(1, 3, 40, 50)
+    with torch.inference_mode():
+        assert torch.equal(again(x), model(x))
+    (tmp_path / "branch1.pth").unlink()
+    (tmp_path / "resnet18.pth").unlink()
+    with pytest.raises(BrtError, match=r"lacks branch1\.pth, resnet18\.pth"):
+        livesr.load(tmp_path)
+    livesr.save(model, tmp_path)
+    torch.save({"conv.weight": torch.zeros(1)}, tmp_path / "branch0.pth")
+    with pytest.raises(BrtError, match=r"no network of NAS: it has no .*, but conv\.weight"):
+        livesr.load(tmp_path)
+    with pytest.raises(BrtError, match="cannot read"):
+        livesr.load(tmp_path / "none")
+
+
 class Refused:
     """A pickle that says so when it is opened."""
 

@@ -55,6 +55,7 @@ def brt_models() -> Iterable[brt.ModelSpec]:
         cells="a 32x32 patch",
         paper="LiveSR in Brainstorm (OSDI 2023), branches of NAS (OSDI 2018)",
         checkpoints=("nas-state-dicts", "torchvision-resnet18", "kmeans-npz"),
+        load=livesr.load,
     )
     yield brt.ModelSpec(
         name="classsr",

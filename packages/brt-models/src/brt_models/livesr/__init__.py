@@ -4,7 +4,14 @@ Source: LiveSR in Brainstorm, OSDI 2023, section 5.2; branches of NAS, Yeo et al
 """
 
 from brt_models.livesr.config import PUBLISHED, LiveSRConfig
-from brt_models.livesr.files import load_branches, load_kmeans, load_resnet, save_kmeans
+from brt_models.livesr.files import (
+    load,
+    load_branches,
+    load_kmeans,
+    load_resnet,
+    save,
+    save_kmeans,
+)
 from brt_models.livesr.network import LiveSR, livesr, sample
 
 __all__ = [
@@ -12,9 +19,11 @@ __all__ = [
     "LiveSR",
     "LiveSRConfig",
     "livesr",
+    "load",
     "load_branches",
     "load_kmeans",
     "load_resnet",
     "sample",
+    "save",
     "save_kmeans",
 ]
