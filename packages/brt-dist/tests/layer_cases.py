@@ -256,3 +256,11 @@ def sizes_never_change(rank: int) -> set[tuple[int, ...]]:
         sizes |= {tuple(call.args[0].shape) for call in swap.call_args_list[-2:]}
     assert agrees == 1
     return sizes
+
+
+def replicas_share_rows(rank: int) -> tuple[list[int], list[int]]:
+    """Rows for each slot, of ten cells that choose an expert of two ranks, by either router."""
+    spread = brt_dist.Spread.of(3, None, [[0, 1], 0, 1])
+    slot_NK = spread.slots(torch.zeros(10, 1, dtype=torch.int64), turn=rank)
+    counts_WG = spread.counts_WG(torch.tensor([7, 2, 3]))
+    return slot_NK.flatten().bincount(minlength=4).tolist(), counts_WG.flatten().tolist()

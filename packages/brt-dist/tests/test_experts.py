@@ -113,3 +113,9 @@ def test_padded_sizes_never_change(ranks_of: Callable[[int], Ranks]) -> None:
     (first, *others) = ranks_of(2).run(cases.sizes_never_change)
     assert len(first) == 1
     assert others == [first]
+
+
+def test_replicas_share_rows_evenly(ranks_of: Callable[[int], Ranks]) -> None:
+    for rank, (by_choice, by_load) in enumerate(ranks_of(2).run(cases.replicas_share_rows)):
+        assert by_choice == [5, 0, 5, 0]
+        assert by_load == [3 + rank, 2, 4 - rank, 3]
