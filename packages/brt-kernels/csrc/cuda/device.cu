@@ -135,7 +135,7 @@ std::string cuda_refusal() {
 }
 
 // Where the error word of a device lies, for kernels that are compiled elsewhere: `tell` of
-// src/brt_kernels/triton/grouped_gemm.py writes it by these offsets.
+// src/brt_kernels/triton/tell.py writes it by these offsets.
 static_assert(offsetof(ErrorWord, taken) == 0 && offsetof(ErrorWord, found) == 8 && offsetof(BadIndex, where) == 0 &&
               offsetof(BadIndex, value) == 8 && offsetof(BadIndex, bound) == 16 && offsetof(BadIndex, position) == 24);
 int64_t error_word_address(int64_t device) {

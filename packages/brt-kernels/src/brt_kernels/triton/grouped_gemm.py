@@ -12,6 +12,8 @@ Legend: R rows, P paths, M N K sizes of a tile: rows, features out, features in;
 import triton
 import triton.language as tl
 
+from brt_kernels.triton.tell import tell, tell_offsets
+
 
 @triton.jit
 def activate_in_registers(x, ACT: tl.constexpr):
@@ -29,7 +31,8 @@ def activate_in_registers(x, ACT: tl.constexpr):
 
 
 @triton.jit
-def _span(offsets_P1, p, num_rows, mask):
+def span(offsets_P1, p, num_rows, mask):
+    """First row of a path, and the row after its last."""
     begin = tl.load(offsets_P1 + p, mask=mask, other=0)
     end = tl.load(offsets_P1 + p + 1, mask=mask, other=0)
     # Whatever the offsets say, no row outside is touched
@@ -42,7 +45,7 @@ def _span(offsets_P1, p, num_rows, mask):
 def _tiles_before(offsets_P1, num_rows, num_paths, BLOCK_M: tl.constexpr, PATHS: tl.constexpr):
     """Number of tiles of rows of each path and of those before it."""
     p = tl.arange(0, PATHS)
-    begin, end = _span(offsets_P1, p, num_rows, p < num_paths)
+    begin, end = span(offsets_P1, p, num_rows, p < num_paths)
     return tl.cumsum((end - begin + BLOCK_M - 1) // BLOCK_M, 0)
 
 
@@ -54,7 +57,7 @@ def _find_tile(
     done_P = upto_P * num_tiles_n <= t
     path = tl.sum(done_P.to(tl.int32), 0)
     before = tl.max(tl.where(done_P, upto_P, 0), 0)
-    begin, end = _span(offsets_P1, path, num_rows, True)
+    begin, end = span(offsets_P1, path, num_rows, True)
     num_tiles_m = (end - begin + BLOCK_M - 1) // BLOCK_M
     local = t - before * num_tiles_n
     group = local // (GROUP_M * num_tiles_n)
@@ -62,54 +65,6 @@ def _find_tile(
     width = tl.minimum(num_tiles_m - first_m, GROUP_M)
     local -= group * (GROUP_M * num_tiles_n)
     return path, begin + (first_m + local % width) * BLOCK_M, end, local // width
-
-
-@triton.jit
-def tell(errors, where, bad, value, bound, position):
-    """Keep the first bad index as the CUDA library does: see csrc/cuda/device_error.cuh."""
-    tl.inline_asm_elementwise(
-        """{
-        .reg .pred bad, first;
-        .reg .b32 taken;
-        .reg .b64 found;
-        setp.ne.b32 bad, $1, 0;
-        mov.b32 taken, 1;
-        @bad atom.global.cas.b32 taken, [$2], 0, 1;
-        setp.eq.b32 first, taken, 0;
-        @first ld.global.b64 found, [$2 + 8];
-        @first st.volatile.global.b64 [found + 8], $4;
-        @first st.volatile.global.b64 [found + 16], $5;
-        @first st.volatile.global.b64 [found + 24], $6;
-        @first fence.acq_rel.sys;
-        @first st.volatile.global.b32 [found], $3;
-        mov.b32 $0, taken;
-        }""",
-        "=r,r,l,r,l,l,l",
-        [
-            bad.to(tl.int32),
-            errors,
-            where,
-            value.to(tl.int64),
-            tl.zeros((), tl.int64) + bound,  # a number that is 1 is no tensor
-            position.to(tl.int64),
-        ],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def tell_offsets(errors, where, offsets_P1, num_rows, num_paths, here, PATHS: tl.constexpr):
-    """Tell of offsets that do not rise from 0 to at most the number of rows, if ``here``."""
-    p = tl.arange(0, PATHS)
-    mask = (p < num_paths) & here
-    begin = tl.load(offsets_P1 + p, mask=mask, other=0)
-    end = tl.load(offsets_P1 + p + 1, mask=mask, other=0)
-    bad = ((end < begin) | (end > num_rows)) & mask
-    tell(errors, where, bad, end, num_rows, p + 1)
-    bad = ((begin < 0) | (begin > num_rows)) & mask & (p == 0)
-    tell(errors, where, bad, begin, num_rows, p)
 
 
 @triton.jit
@@ -320,59 +275,3 @@ def grouped_gemm(
             n = t % num_tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
             to = out + row.to(tl.int64)[:, None] * num_out + n[None, :]
             tl.store(to, zero, mask=(row < num_rows)[:, None] & (n < num_out)[None, :])
-
-
-@triton.jit
-def grouped_outer(
-    y,  # descriptor of [R, O], boxes [R, O] of a step
-    x,  # descriptor of [R, I]
-    y_RO,
-    x_RI,
-    offsets_P1,
-    out_POI,
-    errors,
-    num_rows,
-    num_paths,
-    num_out,
-    num_in,
-    y_stride,
-    x_stride,
-    BLOCK_O: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    PATHS: tl.constexpr,
-    TELL_OFFSETS: tl.constexpr,
-):
-    """For each path the sum over its rows of y times x, transposed."""
-    if TELL_OFFSETS > 0:
-        first = tl.program_id(0) == 0
-        tell_offsets(errors, TELL_OFFSETS, offsets_P1, num_rows, num_paths, first, PATHS)
-    num_tiles_o = (num_out + BLOCK_O - 1) // BLOCK_O
-    num_tiles_i = (num_in + BLOCK_I - 1) // BLOCK_I
-    num_tiles = num_tiles_o * num_tiles_i
-    for t in range(tl.program_id(0), num_paths * num_tiles, tl.num_programs(0)):
-        path = t // num_tiles
-        o0 = t % num_tiles // num_tiles_i * BLOCK_O
-        i0 = t % num_tiles_i * BLOCK_I
-        begin, end = _span(offsets_P1, path, num_rows, True)
-        whole = begin + (end - begin) // BLOCK_R * BLOCK_R
-        sums = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
-        for r0 in range(begin, whole, BLOCK_R):
-            sums = tl.dot(y.load([r0, o0]).T, x.load([r0, i0]), sums)
-        o = o0 + tl.arange(0, BLOCK_O)
-        i = i0 + tl.arange(0, BLOCK_I)
-        if whole < end:
-            # A box would bring rows of the next path
-            row = whole + tl.arange(0, BLOCK_R)
-            here = (row < end)[:, None]
-            at = row.to(tl.int64)[:, None]
-            y_RO_tile = tl.load(
-                y_RO + at * y_stride + o[None, :], mask=here & (o < num_out)[None, :], other=0.0
-            )
-            x_RI_tile = tl.load(
-                x_RI + at * x_stride + i[None, :], mask=here & (i < num_in)[None, :], other=0.0
-            )
-            sums = tl.dot(y_RO_tile.T, x_RI_tile, sums)
-        to = out_POI + (path.to(tl.int64) * num_out + o)[:, None] * num_in + i[None, :]
-        made = sums.to(out_POI.dtype.element_ty)
-        tl.store(to, made, mask=(o < num_out)[:, None] & (i < num_in)[None, :])

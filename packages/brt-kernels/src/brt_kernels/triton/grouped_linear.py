@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from brt_kernels.triton import grouped_gemm
+from brt_kernels.triton import grouped_outer as outer
 from brt_kernels.triton.product import boxable, boxes, num_sms, on_device, product
 from brt_kernels.triton.tells import OF_LINEAR, OF_OUTER, error_word, told
 from brt_kernels.triton.tiles import choose, fit_features_in, power_of_two
@@ -50,7 +50,7 @@ def grouped_outer(y_RO: Tensor, x_RI: Tensor, offsets_P1: Tensor) -> Tensor:
     block_o, block_i, block_r = _OUTER.values()
     tiles = num_paths * -(-num_out // block_o) * -(-num_in // block_i)
     with on_device(x):
-        grouped_gemm.grouped_outer[(min(num_sms(x.device), tiles),)](
+        outer.grouped_outer[(min(num_sms(x.device), tiles),)](
             boxes(y, block_r, block_o), boxes(x, block_r, block_i), y, x, offsets_P1, out_POI,
             error_word(x.device), x.shape[0], num_paths, num_out, num_in, y.stride(0), x.stride(0),
             **_OUTER, PATHS=max(16, power_of_two(num_paths)),

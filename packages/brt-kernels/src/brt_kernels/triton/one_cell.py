@@ -10,7 +10,8 @@ features, K features of a step.
 import triton
 import triton.language as tl
 
-from brt_kernels.triton.grouped_gemm import activate_in_registers, tell, tell_offsets
+from brt_kernels.triton.grouped_gemm import activate_in_registers
+from brt_kernels.triton.tell import tell, tell_offsets
 
 
 @triton.jit
