@@ -30,6 +30,7 @@ from brt.passes.fusion import (
 )
 from brt.passes.match import Scatter, draws_random, scatters, writes
 from brt.pinning import Pinning
+from brt.route import Route
 from brt.routers import ScatterRouter
 
 _MOST_CHOICES = 8
@@ -213,8 +214,10 @@ class PinnedGather(Guarded):
         self.pinning = Pinning(capacity_P)
         self._run_P = tuple(compiled(one) for one in branches)
 
-    def forward(self, results_P: Sequence[Tensor], route: Any, rows_RS: Tensor) -> Tensor:
+    def forward(self, results_P: Sequence[Tensor], route: Route, rows_RS: Tensor) -> Tensor:
         """``results_P[p]`` are of path p's pinned rows; returns results of ``rows_RS``."""
+        if torch.compiler.is_compiling():
+            return self._unpinned(route, rows_RS)
         offsets_P1 = route.offsets_P1
         out_RS = self.pinning.put(results_P, offsets_P1, rows_RS.shape[0])
         begin = offsets_P1.tolist()  # the one look at the loads: what spills needs the host
@@ -229,6 +232,16 @@ class PinnedGather(Guarded):
         parts = [self._run_P[p](self.scope, rows_RS[first:last]) for p, first, last in spans]
         index_R = torch.cat([torch.arange(first, last) for _, first, last in spans])
         return out_RS.index_copy(0, index_R.to(out_RS.device), torch.cat(parts))
+
+    def _unpinned(self, route: Route, rows_RS: Tensor) -> Tensor:
+        """The same without places: a graph has no way to look at loads and choose."""
+        sizes = route.with_sizes().sizes
+        assert sizes is not None
+        total = sum(sizes)
+        rows_P = rows_RS.narrow(0, 0, total).split(sizes)
+        parts = [run(self.scope, rows) for run, rows in zip(self._run_P, rows_P, strict=True)]
+        unused = parts[0].new_zeros(rows_RS.shape[0] - total, *parts[0].shape[1:])
+        return torch.cat([*parts, unused])
 
     def extra_repr(self) -> str:
         """The assumption."""
