@@ -37,7 +37,8 @@ class Checkpoint:
 
     Args:
         model: parallelized or not; each rank loads into its own tensors, in place.
-        optimizer: made after `parallelize`, with its groups in the same order everywhere.
+        optimizer: made after `parallelize`, with its groups in the same order everywhere. Load
+            before its first backward: where there are gradients, torch makes no state to load into.
         spread: what `parallelize` returned.
     """
 
