@@ -136,3 +136,8 @@ def test_one_flow_becomes_several() -> None:
 def test_refuses_without_a_sample() -> None:
     with pytest.warns(brt.PluginWarning, match="shapes are needed"):
         brt.optimize(conv_exits(), passes=["defer-operations"])
+
+
+def test_refuses_large_graphs() -> None:
+    with pytest.warns(brt.PluginWarning, match="most_nodes=...\\) allows it"):
+        brt.optimize(conv_exits(), passes=[DeferOperations(most_nodes=10)], sample=images(2))

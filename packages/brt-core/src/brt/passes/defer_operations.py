@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import operator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -41,7 +42,12 @@ class DeferOperations(Pass):
     A flow that one path alone reads need not be there before the scatter has decided. What computes
     it, and nothing else, moves behind the scatter, onto the rows of that path; what that takes
     travels in the flow's place. It may move where every row is computed by itself (`cellflow`).
+
+    Args:
+        most_nodes: larger graphs are refused: following cells takes some 10 ms a node.
     """
+
+    most_nodes: int = 1500
 
     name: ClassVar[str] = "defer-operations"
     after: ClassVar[tuple[str, ...]] = ("fuse-conv-chains", "fuse-horizontal")
@@ -53,27 +59,48 @@ class DeferOperations(Pass):
                 "shapes are needed to tell which work keeps cells apart: brt.optimize(..., "
                 "sample=batch)"
             )
+        num_nodes = len(graph.graph.nodes)
+        if num_nodes > self.most_nodes:
+            raise PassError(
+                f"the graph has {num_nodes} nodes, and following cells through more than "
+                f"{self.most_nodes} takes long; DeferOperations(most_nodes=...) allows it"
+            )
         random = draws_random(graph.graph, ctx.scope)
         if random is not None:
             raise PassError(f"the region draws random numbers: {random}")
 
     def run(self, graph: fx.GraphModule, ctx: Context) -> bool:
         """Defer work at each scatter, the first one first: what moves may move on at the next."""
-        num_scatters = len(scatters(graph.graph, ctx.scope))
-        places = [i for i in range(num_scatters) if _may_defer(graph, ctx, i)]
+        found = scatters(graph.graph, ctx.scope)
+        places = [i for i, scatter in enumerate(found) if _may_defer(scatter)]
+        view = _View.of(graph, ctx)
         # Where nothing hangs on one path alone, there is nothing to follow cells for
         if not any(
-            _Deferral(graph, ctx, i, path, None).has_work()
+            _Deferral(graph, ctx, found[i], path, view, None).has_work()
             for i in places
-            for path in range(scatters(graph.graph, ctx.scope)[i].router.num_paths)
+            for path in range(found[i].router.num_paths)
         ):
             return False
         rows = _Rows(*cellflow_with_rows(graph, _as_batch(ctx.sample[0], graph)))
         changed = False
         for i in places:
-            for path in range(scatters(graph.graph, ctx.scope)[i].router.num_paths):
-                changed |= _Deferral(graph, ctx, i, path, rows).apply()
+            for path in range(found[i].router.num_paths):
+                if _Deferral(graph, ctx, found[i], path, view, rows).apply():
+                    found, view = scatters(graph.graph, ctx.scope), _View.of(graph, ctx)
+                    changed = True
         return changed
+
+
+@dataclass(frozen=True, eq=False)
+class _View:
+    """What is known of a graph as it is: on whose rows nodes work, and which need no input."""
+
+    chain_of: dict[fx.Node, Chain]
+    constant: set[fx.Node]
+
+    @classmethod
+    def of(cls, graph: fx.GraphModule, ctx: Context) -> _View:
+        return cls(chains(graph.graph, ctx.scope), _constants(graph.graph))
 
 
 @dataclass(eq=False)
@@ -94,9 +121,8 @@ def _as_batch(call: Call, graph: fx.GraphModule) -> Any:
     return dict(zip(names, call.args, strict=False)) | call.kwargs
 
 
-def _may_defer(graph: fx.GraphModule, ctx: Context, index: int) -> bool:
+def _may_defer(scatter: Scatter) -> bool:
     """Whether a scatter is one whose flows may change, and some are read on one path only."""
-    scatter = scatters(graph.graph, ctx.scope)[index]
     router = scatter.router
     x = argument(scatter.node, 0, "x")
     several = isinstance(x, (tuple, list))
@@ -122,23 +148,37 @@ def _readers(scatter: Scatter) -> dict[int, list[int]]:
     return found
 
 
+@dataclass(frozen=True, eq=False)
+class _Last:
+    """A node in a heap whose first is the last one in the graph."""
+
+    node: fx.Node
+
+    def __lt__(self, other: _Last) -> bool:
+        return other.node < self.node
+
+
 class _Deferral:
     """What may move behind one scatter onto the rows of one of its paths."""
 
     def __init__(
-        self, graph: fx.GraphModule, ctx: Context, index: int, path: int, rows: _Rows | None
+        self,
+        graph: fx.GraphModule,
+        ctx: Context,
+        scatter: Scatter,
+        path: int,
+        view: _View,
+        rows: _Rows | None,
     ) -> None:
-        self.graph, self.ctx, self.path = graph, ctx, path
+        self.graph, self.ctx, self.scatter, self.path = graph, ctx, scatter, path
         self.rows = rows or _Rows({})
         self.is_guess = rows is None
-        self.scatter = scatters(graph.graph, ctx.scope)[index]
+        self.chain_of, self.constant = view.chain_of, view.constant
         x = argument(self.scatter.node, 0, "x")
         self.several = isinstance(x, (tuple, list))
         self.flows: list[fx.Node] = list(x) if self.several else [x]
         readers = _readers(self.scatter)
         self.only_here = [i for i in range(len(self.flows)) if readers.get(i) == [path]]
-        self.chain_of: dict[fx.Node, Chain] = chains(graph.graph, ctx.scope)
-        self.constant = _constants(graph.graph)
 
     def has_work(self) -> bool:
         """Whether anything might move, if all nodes kept cells apart."""
@@ -174,19 +214,23 @@ class _Deferral:
         scores = argument(self.scatter.node, 1, "scores")
         others |= {scores, argument(self.scatter.node, 2, "cells")}
         found: set[fx.Node] = set()
-        node = self.scatter.node.prev
-        while node.op != "root":
-            users = set(node.users)
-            is_only_here = all(u in found or u is self.scatter.node for u in users) and users
-            if is_only_here and node not in others and self._may_move(node):
+        heap = [_Last(node) for node in allowed - others]
+        heapq.heapify(heap)
+        while heap:
+            node = heapq.heappop(heap).node
+            if node in found or node in others:
+                continue
+            is_only_here = all(u in found or u is self.scatter.node for u in node.users)
+            if is_only_here and self._may_move(node):
                 found.add(node)
-            node = node.prev
+                for taken in node.all_input_nodes:
+                    heapq.heappush(heap, _Last(taken))
         while True:
             lost = {n for n in found if not self._stands(n, found)}
             if not lost:
                 break
             found -= lost
-        return {node: None for node in self.graph.graph.nodes if node in found}
+        return dict.fromkeys(sorted(found))
 
     def _may_move(self, node: fx.Node) -> bool:
         if not node.op.startswith("call_") or router_of(node, self.ctx.scope) is not None:
