@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -59,6 +60,7 @@ def show_rest(figures: Mapping[str, Any], console: Console) -> None:
     """Passes, guards, the difference from eager, and the files that were written."""
     for record in figures["passes"]:
         what = "refused: " + record["refused"] if record["refused"] else "; ".join(record["notes"])
+        what = textwrap.shorten(what, 240, placeholder=" ... (all of it: the report)")
         done = "applied" if record["changed"] else "no change"
         console.print(f"pass {record['name']}: {done}{': ' if what else ''}{escape(what)}")
     for guard, count in figures["guards"].items():
