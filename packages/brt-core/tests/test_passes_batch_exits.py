@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import brt
 from brt.passes import BatchExits
-from brt.passes.batch_exits import ExitScatter
-from brt.protocols import BinaryThreshold, TopK
+from brt.passes.batch_exits import ExitGather, ExitScatter
+from brt.protocols import BinaryThreshold, Threshold, TopK
 from brt.testing import check_pass
 
 
@@ -130,6 +130,30 @@ def test_unions_are_skipped_without_rows() -> None:
         assert ran == []
         torch.testing.assert_close(fast(-x), model(-x))
         assert ran == [2]
+
+
+def test_a_single_cell_is_added_up() -> None:
+    class Merge(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scatter = brt.ScatterRouter(Threshold(0.0), 3)
+            self.union, self.gather = brt.GatherRouter(result="union"), brt.GatherRouter()
+
+        def forward(self, x: Tensor) -> Tensor:
+            (a, b, c), route = self.scatter(x, x)
+            rows, cells = self.union([a * 2, b.tanh()], [route[0], route[1]])
+            return self.gather([rows + 1, c], [cells, route[2]])
+
+    model = Merge().eval()
+    fast = optimised(model)
+    assert sum(isinstance(m, ExitGather) for m in fast.inserted.values()) == 2
+    with torch.no_grad():
+        for scores in ((1.0, 2.0, 3.0), (1.0, -1.0, -1.0), (-1.0, -1.0, 2.0), (-1.0, -1.0, -1.0)):
+            for dtype in (torch.float32, torch.bfloat16):
+                x = torch.tensor([scores], dtype=dtype)
+                torch.testing.assert_close(fast(x), model(x))
+        x = torch.randn(6, 3)
+        torch.testing.assert_close(fast(x), model(x))
 
 
 def test_refusals() -> None:
