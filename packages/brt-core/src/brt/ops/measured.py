@@ -1,4 +1,4 @@
-"""Which kernel of an operator is the fastest for the calls that a model makes: measured, and kept."""
+"""Which kernel of an operator is fastest for the calls that a model makes: measured, and kept."""
 
 from __future__ import annotations
 
