@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import brt
+from brt.passes import conditional
 from brt.passes.capture import Capture, CapturedRegion
 from brt.passes.fusion import Fusion
-from brt.protocols import TopK
+from brt.protocols import BinaryThreshold, TopK
 
 DIM = 16
 BF16 = torch.bfloat16  # of which torch has a grouped product that reads no offsets on the host
@@ -159,4 +161,102 @@ def test_what_cannot_be_recorded_runs_as_it_is() -> None:
         with pytest.warns(brt.PluginWarning, match="runs without a CUDA graph"):
             torch.testing.assert_close(fast(x), model(x))
         torch.testing.assert_close(fast(x), model(x))  # and says so once
+    assert captured_of(fast).replays == 0
+
+
+class Exits(nn.Module):
+    """Three stages, and an exit behind each; where a cell leaves, its first feature says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stages = nn.ModuleList(nn.Sequential(nn.Linear(DIM, DIM), nn.GELU()) for _ in range(3))
+        self.heads = nn.ModuleList(nn.Linear(DIM, 3) for _ in range(3))
+        self.exits = nn.ModuleList(
+            brt.ScatterRouter(BinaryThreshold(level), 2) for level in (0.9, 0.6)
+        )
+        self.gather = brt.GatherRouter(weighted=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, grid = brt.annotate(x, 0)
+        cells, left, where = grid.cells, [], []
+        for stage, head, scatter in zip(self.stages, self.heads, self.exits, strict=False):
+            sure = x[:, :1]
+            x = stage(x) + x
+            logits = torch.cat([head(x), 10 * sure], 1)
+            (out, stay), route = scatter((x, logits), logits, cells)
+            left.append(out[1])
+            where.append(route[0])
+            x, cells = stay[0], route[1]
+        x = self.stages[-1](x)
+        left.append(torch.cat([self.heads[-1](x), x[:, :1]], 1))
+        return self.gather(left, [*where, cells])
+
+
+def sure_at(exit_idx: int, device: str = "cpu") -> Tensor:
+    """A cell that leaves there."""
+    model = Exits().eval()
+    for seed in range(2000):
+        x = 2 * torch.randn(1, DIM, generator=torch.Generator().manual_seed(seed))
+        if len(taken(model, x)) == exit_idx + 1:
+            return x.to(device)
+    raise AssertionError(exit_idx)
+
+
+def taken(model: nn.Module, x: Tensor) -> list[int]:
+    """The exits that a cell came to."""
+    seen: list[int] = []
+    handles = [
+        stage.register_forward_hook(lambda m, a, o, i=i: seen.append(i) if len(o) else None)
+        for i, stage in enumerate(model.stages)  # type: ignore[arg-type]
+    ]
+    model(x)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+class _Stream:
+    cuda_stream = 0
+
+    def wait_stream(self, other: Any) -> None:
+        pass
+
+
+def test_one_cell_goes_through_nested_bodies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: _Stream())
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    log: list[Any] = []
+    begin_end = lambda flag, _: log.append(bool(flag)), lambda _: log.append("end")
+    monkeypatch.setattr(conditional, "_makers", {"here": begin_end})
+    model = Exits().eval()
+    one = conditional.OneCell(brt.trace(model).graph, model)
+    streams = [_Stream()] * one.num_levels
+    with torch.no_grad():
+        for exit_idx, flags in enumerate(([False], [True, False], [True, True])):
+            x = sure_at(exit_idx)
+            like = one.straight([x], streams)
+            log.clear()
+            out = one.captured([x], streams, like)
+            assert log[: len(flags)] == flags
+            assert log[-2:] == ["end", "end"]  # the second body is inside the first
+            if exit_idx == 2:  # without a device every body runs
+                torch.testing.assert_close(out, model(x))
+        with pytest.raises(conditional.CannotCaptureError, match="has 2 cells"):
+            one.straight([torch.randn(2, DIM)], streams)
+
+
+def test_what_is_no_exit_has_no_conditional_node() -> None:
+    model = Layer(result="paths").eval()
+    with pytest.raises(brt.PassError, match="a plain scatter of two paths"):
+        conditional.OneCell(brt.trace(model).graph, model)
+
+
+@pytest.mark.cuda
+def test_without_conditional_nodes_exits_run_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conditional, "_makers", {})
+    model = Exits().eval().cuda()
+    fast, x = optimised(model), sure_at(1, "cuda")
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), model(x))
     assert captured_of(fast).replays == 0

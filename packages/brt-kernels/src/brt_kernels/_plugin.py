@@ -15,6 +15,7 @@ from torch import Tensor
 
 import brt
 from brt import KernelSpec, checks
+from brt.passes import conditional
 from brt.path_conv import conv_works
 from brt_kernels._load import load
 from brt_kernels._packed import PackedWeights, Same
@@ -377,6 +378,8 @@ def brt_kernels() -> Iterator[KernelSpec]:
     register_all_fakes()
     if torch.cuda.is_available() and not libraries.no_cuda:
         checks.watch(NAME, _device_error)
+        made = torch.ops.brt_kernels
+        conditional.offer(NAME, made.conditional_begin.default, made.conditional_end.default)
     ops = torch.ops.brt_kernels
     kinds: dict[str, tuple[Any, Any, Any]] = {
         "route": (ops.route.default, _route_refuses, _moving),

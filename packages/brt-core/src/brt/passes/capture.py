@@ -17,7 +17,8 @@ from torch.utils import _pytree as pytree
 from brt.errors import PassError, PluginWarning
 from brt.grouped import each
 from brt.guard import Guarded, compiled
-from brt.passes.base import Context, Pass
+from brt.passes.base import Context, Lowering, Pass
+from brt.passes.conditional import CannotCaptureError, OneCell, can_capture, different_streams
 from brt.passes.derived import Slots, state_of
 from brt.passes.match import draws_random, module_of, router_of, writes
 from brt.routers import EarlyExit, GatherRouter, LoopRouter, ScatterRouter
@@ -35,6 +36,9 @@ class Capture(Pass):
     alias. Where gradients are needed, under a compiler, and in other captures the region runs as
     it is.
 
+    A region with exits (scatters of two paths) is captured for one cell, where what is behind an
+    exit is a conditional node of the graph; with other numbers of cells it runs as it is.
+
     Args:
         most_shapes: graphs that are kept; the one used longest ago makes room.
         warm_ups: runs before a capture, in which kernels are chosen and memory is found.
@@ -45,6 +49,8 @@ class Capture(Pass):
         "fuse-conv-chains", "fuse-horizontal", "fuse-vertical", "drop-dead-paths",
         "fold-permanent-paths",
     )  # fmt: skip
+
+    lowering: ClassVar[tuple[Lowering, ...]] = ("conditional",)
 
     most_shapes: int = 16
     warm_ups: int = 2
@@ -70,16 +76,25 @@ class Capture(Pass):
         for node in graph.graph.nodes:
             why = _reads_device(node, ctx.scope)
             if writes(node, ctx.scope) and any(n.op == "placeholder" for n in node.all_input_nodes):
-                why = "writes to an input"
+                raise PassError(f"{node.name} writes to an input; that cannot be captured")
             if why is not None:
-                raise PassError(f"{node.name} {why}; a graph cannot be captured around that")
+                try:
+                    OneCell(graph.graph, ctx.scope)
+                except PassError as error:
+                    raise PassError(
+                        f"{node.name} {why}; a graph cannot be captured around that, nor with a "
+                        f"conditional node: {error}"
+                    ) from error
 
     def run(self, graph: fx.GraphModule, ctx: Context) -> bool:
         """Let one module stand for the whole region."""
         inner = fx.Graph()
         copied: dict[fx.Node, fx.Node] = {}
         inner.output(inner.graph_copy(graph.graph, copied))
-        captured = CapturedRegion(ctx.scope, inner, self.most_shapes, self.warm_ups)
+        one_cell = None
+        if any(_reads_device(node, ctx.scope) is not None for node in graph.graph.nodes):
+            one_cell = OneCell(inner, ctx.scope)
+        captured = CapturedRegion(ctx.scope, inner, self.most_shapes, self.warm_ups, one_cell)
         name = ctx.insert(graph, captured, "captured_region")
         inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
         output = next(node for node in graph.graph.nodes if node.op == "output")
@@ -90,8 +105,10 @@ class Capture(Pass):
         for node in reversed(list(graph.graph.nodes)):
             if node.op not in ("placeholder", "output") and node not in (whole, *_checks(graph)):
                 graph.graph.erase_node(node)
+        form = "" if one_cell is None else " of one cell, with a conditional node at each exit"
         ctx.note(
             f"{len(inner.nodes)} nodes are one CUDA graph for each of {self.most_shapes} shapes"
+            f"{form}"
         )
         return True
 
@@ -108,6 +125,7 @@ class _Captured:
     graph: Any
     inputs: list[Any]
     output: Any
+    pool: Any = None
 
 
 class CapturedRegion(nn.Module):
@@ -117,8 +135,16 @@ class CapturedRegion(nn.Module):
     captured anew.
     """
 
-    def __init__(self, scope: nn.Module, graph: fx.Graph, most_shapes: int, warm_ups: int) -> None:
+    def __init__(
+        self,
+        scope: nn.Module,
+        graph: fx.Graph,
+        most_shapes: int,
+        warm_ups: int,
+        one_cell: OneCell | None = None,
+    ) -> None:
         super().__init__()
+        self._one_cell = one_cell
         self.calls = frozenset(str(n.target) for n in graph.nodes if n.op == "call_module")
         self.replays = 0
         """Calls that replayed a graph."""
@@ -133,10 +159,12 @@ class CapturedRegion(nn.Module):
         self._slots: Slots | None = None
         self._state: tuple[list[int], list[int]] | None = None
         self._weights: list[Tensor] = []
+        # What graphs read, also where a weight lies elsewhere by now
+        self._memory: list[Tensor] = []
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the graphs, which belong to one place in memory."""
-        left_out = ("_lock", "_graphs", "_slots", "_state", "_weights")
+        left_out = ("_lock", "_graphs", "_slots", "_state", "_weights", "_memory")
         return {key: value for key, value in self.__dict__.items() if key not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -153,6 +181,10 @@ class CapturedRegion(nn.Module):
             for x in inputs
         )
         with self._lock, torch.no_grad(), torch.inference_mode(False):
+            captured = self._graphs.get(key)
+            if captured is not None:
+                self._replay(captured, inputs)
+            # Thousands of weights are looked at while the device is at work already
             weights = self._weights_now()
             state = state_of(weights)
             if state is None:  # inference tensors do not tell whether they were written to
@@ -160,20 +192,26 @@ class CapturedRegion(nn.Module):
             if state != self._state or not all(map(operator.is_, weights, self._weights)):
                 self._graphs.clear()
                 self._state, self._weights = state, weights
+                self._memory = [weight.detach() for weight in weights]
+                captured = None
             if key not in self._graphs:
                 while len(self._graphs) >= self._most_shapes:
                     self._graphs.popitem(last=False)
-                self._graphs[key] = self._capture(inputs)
+                captured = self._graphs[key] = self._capture(inputs)
+                if captured is not None:
+                    self._replay(captured, inputs)
             self._graphs.move_to_end(key)
-            captured = self._graphs[key]
             if captured is not None:
-                for static, given in zip(captured.inputs, inputs, strict=True):
-                    if isinstance(static, Tensor):
-                        static.copy_(given)
-                captured.graph.replay()
                 self.replays += 1
                 return pytree.tree_map_only(Tensor, torch.clone, captured.output)
         return self._run(scope, *inputs)
+
+    @staticmethod
+    def _replay(captured: _Captured, inputs: tuple[Any, ...]) -> None:
+        for static, given in zip(captured.inputs, inputs, strict=True):
+            if isinstance(static, Tensor):
+                static.copy_(given)
+        captured.graph.replay()
 
     def _weights_now(self) -> list[Tensor]:
         if self._slots is None:  # not before: while a model is copied, it is not whole yet
@@ -196,6 +234,8 @@ class CapturedRegion(nn.Module):
 
     def _capture(self, inputs: tuple[Any, ...]) -> _Captured | None:
         """Run on inputs of the graph's own, then record; None where that does not go."""
+        if self._one_cell is not None:
+            return self._capture_exits(self._one_cell, inputs)
         scope = self._scope[0]
         static = [x.clone() if isinstance(x, Tensor) else x for x in inputs]
         stream = torch.cuda.Stream()
@@ -209,14 +249,41 @@ class CapturedRegion(nn.Module):
             with torch.cuda.graph(graph):
                 output = self._run(scope, *static)
         except RuntimeError as error:
-            reason = str(error).strip().partition("\n")[0]
-            warnings.warn(
-                f"capture: {type(scope).__name__} runs without a CUDA graph: {reason}",
-                PluginWarning,
-                stacklevel=4,
-            )
+            self._warn(error)
             return None
         return _Captured(graph, static, output)
+
+    def _capture_exits(self, one_cell: OneCell, inputs: tuple[Any, ...]) -> _Captured | None:
+        """The same with a conditional node at each exit; None for more than one cell."""
+        static = [x.clone() if isinstance(x, Tensor) else x for x in inputs]
+        self._run(self._scope[0], *inputs)  # which loads the packages of kernels
+        if not can_capture():
+            return None
+        around, *streams = different_streams(one_cell.num_levels + 1)
+        # What is made in the body of a node is in no pool of the graph
+        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.MemPool()
+        around.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.cuda.stream(around):
+                for _ in range(self._warm_ups):
+                    like = one_cell.straight(static, streams)
+            torch.cuda.current_stream().wait_stream(around)
+            with torch.cuda.graph(graph, stream=around), torch.cuda.use_mem_pool(pool):
+                output = one_cell.captured(static, streams, like)
+        except CannotCaptureError:
+            return None
+        except RuntimeError as error:
+            self._warn(error)
+            return None
+        return _Captured(graph, static, output, pool)
+
+    def _warn(self, error: RuntimeError) -> None:
+        reason = str(error).strip().partition("\n")[0]
+        warnings.warn(
+            f"capture: {type(self._scope[0]).__name__} runs without a CUDA graph: {reason}",
+            PluginWarning,
+            stacklevel=5,
+        )
 
     def extra_repr(self) -> str:
         """How many shapes are kept."""
