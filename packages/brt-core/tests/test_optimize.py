@@ -388,14 +388,19 @@ def test_the_body_of_a_loop_is_a_region() -> None:
     assert fast.stats["drop-dead-paths:loop.netlet.mixture.scatter[2]"].fallbacks > 0
 
 
-def test_early_exit_is_listed_as_closed() -> None:
-    layers = [nn.Linear(DIM, DIM) for _ in range(2)]
-    heads = [nn.Linear(DIM, 4) for _ in range(2)]
-    model = nn.Sequential(nn.Linear(DIM, DIM), brt.EarlyExit(layers, heads)).eval()
-    fast = made(model)
-    reasons = {region.path: region.reason for region in fast.report.regions}
-    assert "inside one router" in (reasons["1"] or "")
-    assert_same(fast, model)
+def test_early_exit_is_listed_where_it_stays_closed() -> None:
+    class Own(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if x.ndim == 2 else x
+
+    for make, is_open in ((nn.Linear, True), (Own, False)):
+        layers = [make(DIM, DIM) for _ in range(2)]
+        heads = [nn.Linear(DIM, 4) for _ in range(2)]
+        model = nn.Sequential(nn.Linear(DIM, DIM), brt.EarlyExit(layers, heads)).eval()
+        fast = made(model)
+        reasons = {region.path: region.reason for region in fast.report.regions}
+        assert reasons == {"": None} if is_open else "how many tensors" in (reasons["1"] or "")
+        assert_same(fast, model)
 
 
 class Options(Residual):
