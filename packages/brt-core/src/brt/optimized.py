@@ -143,9 +143,8 @@ def _planned(made: type[nn.Module]) -> type[nn.Module]:
 class Optimized(NotPickled, nn.Module):
     """A model after `brt.optimize`: the same results, state and methods, by another graph.
 
-    It shares the original's parameters and buffers, under the same names, until it is moved or
-    converted: ``to``, ``half`` and the like give it tensors of its own and leave the original as it
-    was. See `report` for what was done, and `stats` for how often its guards held.
+    It shares the original's parameters and buffers, under the same names, until ``to``, ``half``
+    and the like give it tensors of its own; the original stays as it was.
     """
 
     _report: Report
@@ -172,15 +171,12 @@ class Optimized(NotPickled, nn.Module):
 
     @property
     def stats(self) -> Mapping[str, Count]:
-        """Guard -> how often its assumption held (hits), and did not (fallbacks).
-
-        With ``on_drift``, also ``load:<router>`` -> its `brt.Drift`; this reads the device.
-        """
+        """Guard -> how often it held (hits), and did not; ``on_drift`` adds ``load:<router>``."""
         return {**self.counts(), **(self._follower.loads.read() if self._follower else {})}
 
     @property
     def replans(self) -> int:
-        """How often another plan took over (``on_drift``)."""
+        """How often another plan took over."""
         return self._follower.replans if self._follower else 0
 
     def counts(self) -> Mapping[str, Count]:
@@ -202,10 +198,9 @@ class Optimized(NotPickled, nn.Module):
         self._report, self._made_by = replace(other._report, stats=self.counts), other._made_by
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write how this was made: passes, profile, and what was measured; no weights.
+        """Write how this was made, for `brt.load`: passes, profile, measurements; no weights.
 
-        `brt.load` makes it again of the same model, without measuring. The file is safetensors.
-        Raises `PassError` for a pass that cannot be named in a file.
+        The file is safetensors. Raises `PassError` for a pass that cannot be named in a file.
         """
         from brt.plan_files import save_plan  # it imports optimize, which imports this
 
