@@ -64,7 +64,7 @@ def chain(
     experts: int = 4,
     dim: int = 512,
     hidden: int = 2048,
-    tokens: int = 64,
+    tokens: int = 128,
     batch: int = 1,
     predictable: float = 0.9,
     oversize: float = 4.0,
