@@ -105,3 +105,18 @@ def test_bad_input_is_an_exception() -> None:
     ):
         with pytest.raises(RuntimeError, match=match):
             grouped_outer(*args)
+
+
+@pytest.mark.parametrize("features", [(63, 301), (130, 257), (700, 401)])
+def test_paths_without_rows_are_zero_where_memory_was_used(features: tuple[int, int]) -> None:
+    """Their zeros are pages given back to the system: edges between pages are written."""
+    offsets_P1 = torch.tensor([0, 0, 0, 3, 3, 5, 5, 5, 5])
+    y_RO, x_RI = torch.randn(5, features[0]), torch.randn(5, features[1])
+    for _ in range(3):
+        used = torch.full((8, *features), 7.0)  # the allocator gives this memory again
+        del used
+        made_POI = torch.ops.brt_kernels.grouped_outer(y_RO, x_RI, offsets_P1)
+        torch.testing.assert_close(made_POI[2], y_RO[:3].T @ x_RI[:3], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(made_POI[4], y_RO[3:].T @ x_RI[3:], rtol=1e-4, atol=1e-4)
+        for path in (0, 1, 3, 5, 6, 7):
+            assert made_POI[path].count_nonzero() == 0

@@ -5,9 +5,38 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
 
 namespace brt {
 namespace {
+
+constexpr int64_t kReturnedBytes = int64_t{64} << 10;  // zeros of more than this are pages given back
+
+// Writes zeros to memory that new_empty gave.
+//
+// NOTES: Where few of many paths have rows, writing the gradients of the others, all zero, is the whole time of a
+// training step. Private memory that is given back to the system reads as zeros, and costs nothing until it is read.
+void write_zeros(char* to, int64_t num_bytes) {
+#ifdef MADV_DONTNEED
+  if (num_bytes >= kReturnedBytes) {
+    static const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+    const uintptr_t first = reinterpret_cast<uintptr_t>(to);
+    const uintptr_t begin = (first + page - 1) / page * page, end = (first + num_bytes) / page * page;
+    // Refused where pages are locked: then they are written
+    if (madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED) == 0) {
+      std::memset(to, 0, begin - first);
+      std::memset(reinterpret_cast<void*>(end), 0, first + num_bytes - end);
+      return;
+    }
+  }
+#endif
+  std::memset(to, 0, num_bytes);
+}
 
 constexpr int64_t kColumns = 256, kRows = 512;  // of the result of one part
 
@@ -64,16 +93,19 @@ Tensor grouped_outer_cpu(const Tensor& y, const Tensor& x, const Tensor& offsets
   Tensor out_POI = new_empty(x_RI, {num_paths, num_out, num_in}, x.scalar_type());
   if (out_POI.numel() == 0) return out_POI;
 
-  // 2. One product a path; of no rows it is zero
+  // 2. One product a path; zeros where paths, often many in turn, have no rows
   const int64_t element = (int64_t)x.element_size();
   const char* ys = static_cast<const char*>(y_RO.const_data_ptr());
   const char* xs = static_cast<const char*>(x_RI.const_data_ptr());
   char* out = static_cast<char*>(out_POI.mutable_data_ptr());
   std::vector<OuterTask> products;
-  for (int64_t p = 0; p < num_paths; ++p) {
-    products.push_back({ys + begins[p] * num_out * element, xs + begins[p] * num_in * element,
-                        out + p * num_out * num_in * element, 1, num_out, num_in, num_in, num_out,
-                        begins[p + 1] - begins[p], num_in, real_of(x)});
+  for (int64_t p = 0, used = 0; p < num_paths; p = used + 1) {
+    for (used = p; used < num_paths && begins[used] == begins[used + 1];) ++used;
+    write_zeros(out + p * num_out * num_in * element, (used - p) * num_out * num_in * element);
+    if (used == num_paths) break;
+    products.push_back({ys + begins[used] * num_out * element, xs + begins[used] * num_in * element,
+                        out + used * num_out * num_in * element, 1, num_out, num_in, num_in, num_out,
+                        begins[used + 1] - begins[used], num_in, real_of(x)});
   }
   run_products(products, x_RI, kernels());
   return out_POI;
