@@ -76,6 +76,11 @@ def test_passes_pages_are_about_passes() -> None:
     assert pages - {"index"} <= {name for name, _ in passes()}
 
 
+def test_operators_have_pages() -> None:
+    found = {title for page in DOCS.glob("operators/*.md") for title in headings(page)}
+    assert {f"`{name}`" for name in OPERATORS} <= found
+
+
 def test_operators_have_tests() -> None:
     for name in OPERATORS:
         forward = name.removesuffix("_backward")
