@@ -173,7 +173,7 @@ def _as_flows(
         raise RouteError(f"GatherRouter: {len(rows)} sets of rows for {wanted} {what}")
     if rows and all(isinstance(r, Tensor) for r in rows):
         _check_sizes(rows, where, 0)
-        return (torch.cat(list(rows)),), False
+        return (_together(rows, where),), False
     num_flows = {len(r) if isinstance(r, tuple) else -1 for r in rows}
     if len(num_flows) != 1 or -1 in num_flows:
         raise RouteError(
@@ -183,8 +183,27 @@ def _as_flows(
     for i in range(num_flows.pop()):
         parts = [r[i] for r in rows]
         _check_sizes(parts, where, i)
-        flows.append(torch.cat(parts))
+        flows.append(_together(parts, where))
     return tuple(flows), True
+
+
+def _together(parts: Sequence[Tensor], where: Route | Sequence[Cells]) -> Tensor:
+    """``torch.cat`` of the rows of all paths.
+
+    NOTES: Inductor (seen in torch 2.13) may take memory for the result of a ``cat`` before all of
+    its sizes are known, where they come from several routers: there rows are copied to their
+    places.
+    """
+    mixed = len({part.dtype for part in parts}) > 1
+    if not torch.compiler.is_compiling() or isinstance(where, Route) or mixed:
+        return torch.cat(list(parts))
+    num_rows = sum(part.shape[0] for part in parts)
+    together, begin = parts[0].new_zeros((num_rows, *parts[0].shape[1:])), 0
+    for part in parts:
+        place_R = torch.arange(part.shape[0], device=part.device) + begin
+        together = together.index_copy(0, place_R, part)
+        begin = begin + part.shape[0]
+    return together
 
 
 def _check_sizes(parts: Sequence[Tensor], where: Route | Sequence[Cells], flow: int) -> None:
