@@ -58,12 +58,12 @@ BUILD = ("build",)
 AUDIT = ("torch-abi-audit",)
 ALL_TOOLS = ("nox", *BASE, *COMPILE, *TEST, *LINT, *IMPORTS, *TYPES, *DOCS, *BUILD, *AUDIT)
 MOST_CARRIED_MIB = 64
-# What brt-core and its tests import that a machine with torch does not have of itself.
+# What our packages and their tests import that a machine with torch may not have of itself.
 CARRIED = {
     *("annotated-doc", "iniconfig", "markdown-it-py", "mdurl", "packaging", "pluggy", "pydantic"),
     *("pydantic_core", "annotated-types", "typing-inspection", "typing_extensions", "pygments"),
     *("pytest", "pytest-timeout", "hypothesis", "sortedcontainers"),
-    *("rich", "safetensors", "shellingham", "typer"),
+    *("rich", "safetensors", "scipy", "shellingham", "typer"),
 }
 
 
@@ -160,11 +160,12 @@ def bench(session: nox.Session) -> None:
 @nox.session(venv_backend="none", default=False)
 @timed
 def thorough(session: nox.Session) -> None:
-    """Every test, the slow ones too, with the large numbers of random cases; then `sanitizers`."""
+    """Every test, the slow ones too, with many random cases; then `sanitizers` and `faults`."""
     python = everything(session, *TEST)
     folders = [str(package.folder) for package in PACKAGES.values()]
     env = {"BRT_THOROUGH": "1"}
     session.notify("sanitizers")
+    session.notify("faults", posargs=[])
     session.run(python, "-m", "pytest", *folders, "tests", *session.posargs, env=env)
 
 
@@ -177,6 +178,16 @@ def sanitizers(session: nox.Session) -> None:
     env = {"PYTHON": python, "PATH": os.pathsep.join([bin_folder, os.environ["PATH"]])}
     script = PACKAGES["kernels"].folder / "scripts" / "sanitize.sh"
     session.run("sh", str(script), *session.posargs, env=env, external=True)
+
+
+@nox.session(venv_backend="none", default=False)
+@timed
+def faults(session: nox.Session) -> None:
+    """Ranks on hosts of their own, killed at 200 random points (`-- 20`: so many). As root."""
+    python = everything(session, *TEST)
+    env = {"BRT_FAULTS": session.posargs[0] if session.posargs else "200"}
+    path = PACKAGES["dist"].folder / "tests" / "test_faults_hosts.py"
+    session.run(python, "-m", "pytest", "-v", str(path), env=env)
 
 
 @nox.session(default=False)
