@@ -24,6 +24,7 @@ BUDGETS = {
     "build": 240,
     "thorough": 3600,
     "sanitizers": 900,
+    "faults": 900,
 }
 OTHER_BUDGET = 120
 

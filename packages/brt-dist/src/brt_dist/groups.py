@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from brt_dist.errors import ExchangeError
+from brt_dist.roll_call import reason
 
 Group = dist.ProcessGroup
 
@@ -51,13 +52,12 @@ def host_device(group: Group) -> torch.device:
 
 @contextmanager
 def naming_failures(what: str, group: Group) -> Iterator[None]:
-    """Say which rank of how many saw an exchange fail, and what that usually means."""
+    """Say which rank of how many saw an exchange fail, and which others are missing."""
     try:
         yield
     except RuntimeError as error:
         rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
         raise ExchangeError(
             f"{what}: it failed on rank {global_rank(group, rank)} (of {num_ranks} in the group): "
-            "another rank ended, cannot be reached, or took longer than the group's timeout: "
-            f"{error}"
+            f"{reason(group)}: {error}"
         ) from error
