@@ -12,6 +12,7 @@ from brt.passes.fuse_vertical import FuseVertical
 from brt.passes.match import Scatter, scatters
 from brt.passes.pin_capacities import PinCapacities
 from brt.passes.preload_weights import PreloadWeights
+from brt.passes.speculate_routes import SpeculateRoutes
 
 BUILTIN: tuple[type[Pass], ...] = (
     BatchExits,
@@ -24,6 +25,7 @@ BUILTIN: tuple[type[Pass], ...] = (
     FuseVertical,
     PinCapacities,
     PreloadWeights,
+    SpeculateRoutes,
 )
 """What brt-core offers through the hook `brt_passes`."""
 
@@ -58,5 +60,6 @@ __all__ = [
     "PreloadWeights",
     "Record",
     "Scatter",
+    "SpeculateRoutes",
     "scatters",
 ]
