@@ -25,6 +25,7 @@ from brt_dist.placement import (
     eplb,
     plan,
 )
+from brt_dist.placement.descent import explore, improve
 from brt_dist.placement.packing import shared_load
 from brt_dist.placement.planner import figures_of
 from brt_dist.placement.traffic import of_loads, of_trace
@@ -97,6 +98,23 @@ def test_hidden_clusters_are_found(top_k: int) -> None:
     assert found.planned.traffic == (0.0 if top_k == 1 else 1.0)
     assert found.default.traffic is not None
     assert found.default.traffic > (0.4 if top_k == 1 else 1.3)
+
+
+def test_walks_go_on_where_no_exchange_helps() -> None:
+    traffic = of_trace(clustered(num_experts=24, top_k=4, clusters=8, noise=0.5))
+    problem = Problem(traffic, Topology(ranks_per_host=4), "both", 6, 6, 1.0)
+    stuck_LE = improve(problem, problem.contiguous_LE)
+    walked_LE = explore(problem, stuck_LE, np.random.default_rng(0), 200)
+    assert problem.fits(walked_LE)
+    assert problem.cost(walked_LE) < problem.cost(stuck_LE) - 1e-3
+
+
+def test_pairs_of_a_layer_bound_what_tokens_visit() -> None:
+    # Tokens without any order: three experts of twelve, and a rank holds three
+    found = plan(clustered(num_experts=12, top_k=3, noise=1.0), 4, "traffic", solver=QUICK)
+    assert found.bound.traffic is not None
+    assert found.planned.traffic is not None
+    assert 1.9 < found.bound.traffic <= found.planned.traffic
 
 
 def test_no_placement_of_a_small_problem_is_cheaper() -> None:

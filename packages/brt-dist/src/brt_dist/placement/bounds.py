@@ -48,7 +48,7 @@ def bounds(problem: Problem) -> Bounds:
         how += " for each pair of layers"
     elif traffic.choice_TLK is not None:
         links = _visits(problem)
-        how += "; traffic: a token's experts over the experts of a rank"
+        how += "; traffic: the most pairs of a token's experts that ranks could hold"
     return Bounds(balance_L, links, how)
 
 
@@ -120,12 +120,55 @@ def _partners_lp(moves_EE: Floats, high: int) -> float:
 
 
 def _visits(problem: Problem) -> float:
-    """Least `links_cost` where rows return: no rank holds more than `high` of a token's experts."""
-    traffic, topology = problem.traffic, problem.topology
-    assert traffic.choice_TLK is not None
-    taken_TL = (traffic.choice_TLK >= 0).sum(2)
-    total = float(np.ceil(taken_TL / problem.high).mean()) if taken_TL.size else 0.0
-    if topology.hosts > 1 and taken_TL.size:
+    """Least `links_cost` where rows return, each layer at its best."""
+    topology = problem.topology
+    total = _least_visits(problem, topology.num_ranks, problem.high)
+    if topology.hosts > 1:
         far = topology.within.beta_gbs / topology.between.beta_gbs
-        total += far * float(np.ceil(taken_TL / (problem.high * topology.ranks_per_host)).mean())
+        room = problem.high * topology.ranks_per_host
+        total += far * _least_visits(problem, topology.hosts, room)
     return total
+
+
+def _least_visits(problem: Problem, num_groups: int, room: int) -> float:
+    """At least so many groups are visited by a token, with room for so many experts in each.
+
+    Experts of a token that share a group make pairs, and so many pairs of a layer fit into groups;
+    `_saved` says what a token saves by them. A token visits one group for each `room` experts too.
+    """
+    choice_TLK = problem.traffic.choice_TLK
+    assert choice_TLK is not None
+    if not choice_TLK.size:
+        return 0.0
+    total = 0.0
+    for choice_TK in choice_TLK.transpose(1, 0, 2):
+        takes_TE = np.zeros((len(choice_TK), problem.num_experts + 1))
+        np.put_along_axis(takes_TE, np.where(choice_TK < 0, problem.num_experts, choice_TK), 1, 1)
+        takes_TE = takes_TE[:, :-1]
+        taken_T = takes_TE.sum(1)
+        pairs_EE = takes_TE.T @ takes_TE
+        np.fill_diagonal(pairs_EE, 0)
+        pairs = _most_pairs(pairs_EE, num_groups, room) / len(choice_TK)
+        saved = np.interp(pairs, *_saved(int(taken_T.max())))
+        total += max(float(taken_T.mean() - saved), float(np.ceil(taken_T / room).mean()))
+    return total / choice_TLK.shape[1]
+
+
+def _most_pairs(pairs_EE: Floats, num_groups: int, room: int) -> float:
+    """At most so many pairs are within groups of at most `room` experts; each is there twice."""
+    heavy_EE = np.sort(pairs_EE, axis=1)[:, ::-1]
+    partners = float(heavy_EE[:, : room - 1].sum())
+    # tr(X' P X) of a 0/1 matrix whose columns are orthogonal and no longer than sqrt(room)
+    values = np.linalg.eigvalsh(pairs_EE)[-num_groups:]
+    return min(partners, room * float(values[values > 0].sum())) / 2
+
+
+def _saved(taken: int) -> tuple[Floats, Floats]:
+    """The visits that a token saves by pairs, at most: corners of a concave curve (pairs, saved).
+
+    Split evenly over g groups it makes the fewest pairs for the `taken - g` visits that it saves.
+    """
+    groups = np.arange(max(taken, 1), 0, -1)
+    size, more = taken // groups, taken % groups
+    pairs = (groups * size * (size - 1) / 2 + more * size).astype(np.float64)
+    return pairs, (taken - groups).astype(np.float64)

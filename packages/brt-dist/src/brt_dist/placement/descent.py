@@ -118,6 +118,13 @@ def polish(
     return rank_LE
 
 
+def explore(problem: Problem, rank_LE: Ints, rng: np.random.Generator, steps: int) -> Ints:
+    """`LayerSearch.explore` in each layer. For costs that do not depend on other layers."""
+    searches = [layer_search(problem, rank_LE, layer) for layer in range(problem.num_layers)]
+    walks = zip(searches, rank_LE, strict=True)
+    return np.stack([s.explore(rank_E, problem.num_ranks, steps, rng) for s, rank_E in walks])
+
+
 def layer_search(problem: Problem, rank_LE: Ints, layer: int) -> LayerSearch:
     """The local search of one layer, with the others as they are."""
     traffic = problem.traffic

@@ -12,26 +12,28 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from brt_dist.placement.descent import descend, improve, polish
+from brt_dist.placement.descent import descend, explore, improve, polish
 from brt_dist.placement.packing import pack
 from brt_dist.placement.problem import Problem
 from brt_dist.placement.traffic import Ints
 
 # Tokens beyond these make a search slower and hardly better; figures count all of them
 _TOKENS_TO_IMPROVE = 16_384
-_TOKENS_TO_POLISH = 3_000
+_TOKENS_TO_POLISH = 4_000
 # Work of a search: layers x experts x experts. Larger problems get fewer starts and kicks.
 _LARGE = 200_000
+# Steps of a walk for a kick: about as long
+_STEPS = 25
 
 
 @dataclass(frozen=True, kw_only=True)
 class Descent:
-    """Assignment layer by layer, then swaps for traffic and load together, then random kicks.
+    """Assignment layer by layer, swaps for traffic and load together, random kicks or walks.
 
     Attributes:
         seed: of the starts and kicks; the same seed gives the same placement.
         kicks: how often each layer is disturbed and improved again, from each start, in a problem
-            of usual size.
+            of usual size; for co-activation, how long it is walked on (25 steps each).
         starts: random starts of the descent over layers.
     """
 
@@ -58,7 +60,13 @@ class Descent:
             better = [min(found + better, key=problem.cost)]
         found += better
         if kicks:
-            polished = [polish(thin, rank_LE, rng, kicks) for rank_LE in better]
+            walks = problem.counts_traffic and not chained
+            polished = [
+                explore(thin, rank_LE, rng, _STEPS * kicks)
+                if walks
+                else polish(thin, rank_LE, rng, kicks)
+                for rank_LE in better
+            ]
             found += polished if thin is problem else [improve(usual, p) for p in polished]
         found += [relabelled(problem, rank_LE) for rank_LE in found]
         proof = problem.proof

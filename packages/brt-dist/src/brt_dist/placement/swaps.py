@@ -17,6 +17,8 @@ NDArray32 = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
 _LEAST = 1e-9
 # Beside the slowest rank, evenness of the others counts a little: it opens the way to more swaps
 _EVENNESS = 0.05
+# How long an expert that `explore` moved stays: at least, and less than
+_KEPT_STEPS = (4, 12)
 
 
 class Cost(Protocol):
@@ -180,16 +182,34 @@ class LayerSearch:
         rank_E = rank_E.copy()
         for _ in range(max_steps):
             swap_EE, move_EW = self._changes(rank_E, num_ranks)
-            swap, move = int(swap_EE.argmin()), int(move_EW.argmin())
-            if min(swap_EE.flat[swap], move_EW.flat[move]) > -_LEAST:
+            if min(swap_EE.min(), move_EW.min()) > -_LEAST:
                 break
-            if swap_EE.flat[swap] <= move_EW.flat[move]:
-                one, other = divmod(swap, len(rank_E))
-                rank_E[[one, other]] = rank_E[[other, one]]
-            else:
-                one, place = divmod(move, num_ranks)
-                rank_E[one] = place
+            _carry_out(rank_E, swap_EE, move_EW)
         return rank_E
+
+    def explore(self, rank_E: Ints, num_ranks: int, steps: int, rng: np.random.Generator) -> Ints:
+        """The best placement on a walk that goes on where no change helps (tabu search).
+
+        Each step is the best change of experts that have not moved a while before, or any that
+        beats all placements so far.
+        """
+        best_E, now_E = rank_E, rank_E.copy()
+        least = now = self.value(rank_E, num_ranks)
+        free_E = np.zeros(len(rank_E), np.int64)  # steps from which an expert may move again
+        for step in range(steps):
+            swap_EE, move_EW = self._changes(now_E, num_ranks)
+            kept_E = free_E > step
+            needed = least - now - _LEAST
+            swap_EE[(kept_E[:, None] | kept_E) & (swap_EE > needed)] = np.inf
+            move_EW[kept_E[:, None] & (move_EW > needed)] = np.inf
+            moved = _carry_out(now_E, swap_EE, move_EW)
+            if not moved:
+                break
+            free_E[moved] = step + rng.integers(*_KEPT_STEPS)
+            now = self.value(now_E, num_ranks)
+            if now < least - _LEAST:
+                best_E, least = now_E.copy(), now
+        return best_E
 
     def _changes(self, rank_E: Ints, num_ranks: int) -> tuple[Floats, Floats]:
         """Change of the whole cost by each exchange ``[E, E]`` and each move ``[E, W]``."""
@@ -213,6 +233,19 @@ class LayerSearch:
             move_EW[:, ~entering] = np.inf
             move_EW[np.arange(len(rank_E)), rank_E] = np.inf
         return swap_EE, move_EW
+
+
+def _carry_out(rank_E: Ints, swap_EE: Floats, move_EW: Floats) -> list[int]:
+    """Do the best of the exchanges and moves, in place: the experts that moved, [] if none may."""
+    swap, move = int(swap_EE.argmin()), int(move_EW.argmin())
+    if min(swap_EE.flat[swap], move_EW.flat[move]) == np.inf:
+        return []
+    if swap_EE.flat[swap] <= move_EW.flat[move]:
+        one, other = divmod(swap, len(rank_E))
+        rank_E[[one, other]] = rank_E[[other, one]]
+        return [one, other]
+    one, rank_E[one] = divmod(move, move_EW.shape[1])
+    return [one]
 
 
 @dataclass(frozen=True, eq=False)
