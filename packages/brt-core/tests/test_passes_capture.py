@@ -246,6 +246,14 @@ def test_one_cell_goes_through_nested_bodies(monkeypatch: pytest.MonkeyPatch) ->
             one.straight([torch.randn(2, DIM)], streams)
 
 
+def test_one_cell_is_copied_with_its_model() -> None:
+    model = Exits().eval()
+    model.__dict__["one"] = conditional.OneCell(brt.trace(model).graph, model)
+    twin = copy.deepcopy(model)
+    assert twin.one is not model.one
+    assert twin.one._scope[0] is twin
+
+
 def test_what_is_no_exit_has_no_conditional_node() -> None:
     model = Layer(result="paths").eval()
     with pytest.raises(brt.PassError, match="a plain scatter of two paths"):

@@ -138,7 +138,9 @@ def check(device: torch.device | str | int | None = None) -> None:
         except KernelError as error:
             failed.append((KernelError, str(error)))
     if failed:
-        raise failed[0][0]("; ".join(message for _, message in failed))
+        # What the caller did wrong says more than the kernel that met it
+        kind = next((kind for kind, _ in failed if kind is not KernelError), KernelError)
+        raise kind("; ".join(message for _, message in failed))
 
 
 def _asked(

@@ -11,7 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from brt.conv_steps import ConvProgram, ConvStep, image_shape, unflatten_branch
+from brt.conv_steps import (
+    ConvProgram,
+    ConvStep,
+    flatten_branches,
+    image_shape,
+    unflatten_branch,
+)
 from brt.ops.registry import Operator
 
 _CONV_CHAIN = Operator(
@@ -37,12 +43,20 @@ def conv_chain(
     All branches must make images of one shape. Rows past the last offset are zero. Gradients are
     those of the steps, computed again in the backward: between the steps nothing is kept.
     """
-    program = branches if isinstance(branches, ConvProgram) else ConvProgram.of(branches)
-    args = (x_RCHW, offsets_P1, list(params), *program.arguments())
+    # Tuples are a program that kernels may know again by its identity, lists one by its numbers
+    numbers = branches.arguments() if isinstance(branches, ConvProgram) else _numbers(branches)
+    args = (x_RCHW, offsets_P1, list(params), *numbers)
     if _is_watched(x_RCHW, params):
-        return _CONV_CHAIN(*args)
+        return _CONV_CHAIN.overload(*args)
     # The dispatcher would copy the lists, of tens of thousands of numbers, at every call
     return _CONV_CHAIN.run(*args)
+
+
+def _numbers(
+    branches: Sequence[Sequence[ConvStep]],
+) -> tuple[list[int], list[int], list[float]]:
+    steps, scales, step_offsets_P1 = flatten_branches(branches)
+    return steps, step_offsets_P1, scales
 
 
 def _is_watched(x_RCHW: Tensor, params: Sequence[Tensor]) -> bool:

@@ -63,7 +63,10 @@ class OneCell:
         self.num_levels = max(map(len, self._chain_of.values()), default=0)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OneCell:
-        return OneCell(self._graph, copy.deepcopy(self._scope[0], memo))
+        twin = copy.copy(self)
+        # Not read anew: while a model is copied, it is not whole yet
+        twin._scope = (copy.deepcopy(self._scope[0], memo),)
+        return twin
 
     def straight(self, inputs: Sequence[Any], streams: Sequence[Any]) -> _Run:
         """Every stage runs, whatever exits say: kernels are chosen, and shapes are found."""
