@@ -242,10 +242,10 @@ def test_results_share_no_memory_with_inputs() -> None:
             self.scatter, self.gather = brt.ScatterRouter(TopK(1), 2), brt.GatherRouter()
             self.same = nn.Identity()
 
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
             (a, b), route = self.scatter(x, x[:, :2])
             out = self.gather([self.same(a), b * 2], route)
-            return out.add_(1) + x
+            return out.add_(1) + x, a
 
     model = Same().eval()
     model.scatter.protocol = protocols.MissHit()  # no weights: rows come back as they are
@@ -253,7 +253,10 @@ def test_results_share_no_memory_with_inputs() -> None:
     fast = speculated(model, [x])
     assert len(segments(fast)) == 1
     check_same(fast, model, x)
+    with torch.no_grad():
+        fast(x)[1].add_(1)
     assert torch.equal(x, cells((0, 0)))
+    assert fast.stats["speculate-routes:scatter"] == Count(2, 0)
 
 
 def test_while_gradients_are_recorded_the_original_runs() -> None:
@@ -286,6 +289,11 @@ def test_errors_are_those_of_the_original() -> None:
     with torch.no_grad(), pytest.raises(type(wanted.value)) as found:
         fast(x)
     assert str(found.value) == str(wanted.value)
+    layer = Layer().eval()
+    fast = speculated(layer, [(cells((1, 2)), cells((1, 2))[:, :3])])
+    assert len(segments(fast)) == 1
+    with torch.no_grad(), pytest.raises(brt.errors.RouteError, match="cells that the scores"):
+        fast(cells((1, 2), (1, 2)), cells((1, 2))[:, :3])
 
 
 @pytest.mark.slow

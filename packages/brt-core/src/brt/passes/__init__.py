@@ -5,6 +5,7 @@ from brt.passes.batch_exits import BatchExits
 from brt.passes.capture import Capture
 from brt.passes.defer_operations import DeferOperations
 from brt.passes.drop_dead_paths import DropDeadPaths
+from brt.passes.fold_constants import FoldConstants
 from brt.passes.fold_permanent_paths import FoldPermanentPaths
 from brt.passes.fuse_conv_chains import FuseConvChains
 from brt.passes.fuse_horizontal import FuseHorizontal
@@ -19,6 +20,7 @@ BUILTIN: tuple[type[Pass], ...] = (
     Capture,
     DeferOperations,
     DropDeadPaths,
+    FoldConstants,
     FoldPermanentPaths,
     FuseConvChains,
     FuseHorizontal,
@@ -49,6 +51,7 @@ __all__ = [
     "Context",
     "DeferOperations",
     "DropDeadPaths",
+    "FoldConstants",
     "FoldPermanentPaths",
     "FuseConvChains",
     "FuseHorizontal",

@@ -47,7 +47,7 @@ class Capture(Pass):
     name: ClassVar[str] = "capture"
     after: ClassVar[tuple[str, ...]] = (
         "fuse-conv-chains", "fuse-horizontal", "fuse-vertical", "drop-dead-paths",
-        "fold-permanent-paths",
+        "fold-constants", "fold-permanent-paths",
     )  # fmt: skip
 
     lowering: ClassVar[tuple[Lowering, ...]] = ("conditional",)

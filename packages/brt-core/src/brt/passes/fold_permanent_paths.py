@@ -1,6 +1,6 @@
 """fold-permanent-paths: where every cell takes the same paths, rows need not be moved.
 
-Legend: N cells, P paths, S trailing cell dims.
+Legend: P paths.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from brt.errors import PassError
 from brt.guard import Guard, Guarded
 from brt.passes.base import Context, Lowering, Pass
 from brt.passes.match import Scatter, argument, draws_random, module_of, router_of, scatters
-from brt.passes.memory import fresh, may_share, owner, written_after
+from brt.passes.unmoved import copies, may_lend, unmoved_cells, unmoved_paths
 from brt.route import Route
 from brt.routers import GatherRouter, ScatterRouter
 
@@ -32,7 +32,7 @@ class FoldPermanentPaths(Pass):
     """
 
     name: ClassVar[str] = "fold-permanent-paths"
-    after: ClassVar[tuple[str, ...]] = ("drop-dead-paths",)
+    after: ClassVar[tuple[str, ...]] = ("drop-dead-paths", "fold-constants")
     lowering: ClassVar[tuple[Lowering, ...]] = ("spill",)
     needs_profile: ClassVar[bool] = True
 
@@ -78,17 +78,7 @@ def _fold(
     paths = [p for p, always in enumerate(always_P) if always]
     words = f"path{'s' * (len(paths) > 1)} {', '.join(map(str, paths))}"
     guard = ctx.guard(scatter.name, f"every cell takes {words}, and no other")
-    x = argument(node, 0, "x")
-    flows = [
-        one for one in (x if isinstance(x, (tuple, list)) else [x]) if isinstance(one, fx.Node)
-    ]
-    written = written_after(node, flows, ctx.scope)
-    copied = {}
-    for p in paths:
-        start = scatter.path_P[p]
-        why = written if written or start is None else may_share(start, ctx.scope)
-        if why is not None:
-            copied[p] = why
+    copied = copies(scatter, paths, ctx.scope)
     module = PermanentScatter(guard, ctx.scope, scatter.target, always_P, tuple(copied))
     node.target = ctx.insert(graph, module, "brt_permanent_scatter")
     ctx.note(
@@ -120,29 +110,10 @@ def _fold_gather(
         ctx.leave(node.name, f"it does not gather the paths of {scatter.name} alone, in order")
         return
     kept = [rows[p] for p, always in enumerate(always_P) if always]
-    lend = len(kept) == 1 and all(_only_here(one, node, ctx.scope) for one in _nodes(kept[0]))
+    lend = len(kept) == 1 and may_lend(kept[0], node, ctx.scope)
     guard = Guard(f"{ctx.pass_name}:{ctx.path(str(node.target))}", "as its scatter's")
     module = PermanentGather(guard, ctx.scope, str(node.target), always_P, lend)
     node.target = ctx.insert(graph, module, "brt_permanent_gather")
-
-
-def _nodes(rows: Any) -> list[Any]:
-    return list(rows) if isinstance(rows, (list, tuple)) else [rows]
-
-
-def _only_here(rows: Any, gather: fx.Node, scope: nn.Module) -> bool:
-    """Whether the gather is the only one to read rows that lie in memory of their own."""
-    if not isinstance(rows, fx.Node):
-        return False
-    while True:
-        if len(rows.users) != 1:
-            return False
-        if fresh(rows, scope):
-            return not isinstance(router_of(rows, scope), ScatterRouter)
-        before = rows.all_input_nodes[0] if rows.all_input_nodes else rows
-        if owner(rows, scope) is rows:
-            return False
-        rows = before
 
 
 class PermanentScatter(Guarded):
@@ -179,30 +150,9 @@ class PermanentScatter(Guarded):
         self.guard.count(held)
         if not held:
             return router._carry_out(x, scores, route)
-        parts = [self._parts(router, i, flow, route) for i, flow in enumerate(flows)]
+        paths = unmoved_paths(router, x, route, self.always_P, self.copied)
         router._observe(route, scores)
-        if isinstance(x, Tensor):
-            return parts[0], route
-        return tuple(zip(*parts, strict=True)), route
-
-    def _parts(
-        self, router: ScatterRouter, index: int, flow: Tensor, route: Route
-    ) -> tuple[Tensor, ...]:
-        """One flow's rows for each path."""
-        parts, start = [], 0
-        for p, always in enumerate(self.always_P):
-            part = flow[:, p] if router._is_per_path(index) else flow
-            if not always:
-                parts.append(part.narrow(0, 0, 0).contiguous())
-                continue
-            if route.weighted and route.weight_R is not None:
-                part = _times(part, route.weight_R.narrow(0, start, route.num_cells))
-                part = part.to(flow.dtype)
-            elif p in self.copied or not part.is_contiguous():
-                part = part.clone(memory_format=torch.contiguous_format)
-            parts.append(part)
-            start += route.num_cells
-        return tuple(parts)
+        return paths, route
 
     def extra_repr(self) -> str:
         """The assumption, and the router that is asked."""
@@ -237,70 +187,11 @@ class PermanentGather(Guarded):
         if torch.compiler.is_compiling():
             return router(rows, where, residual)
         held = as_expected(where, self.always_P)
-        out = self._merged(router, rows, where, residual) if held and where.num_cells else None
+        out = None
+        if held and where.num_cells:
+            out = unmoved_cells(router, rows, where, residual, self.always_P, self.lend)
         self.guard.count(out is not None or (held and not where.num_cells))
         return router(rows, where, residual) if out is None else out
-
-    def _merged(self, router: GatherRouter, rows: Any, where: Any, residual: Any) -> Any:
-        """The result without indexing; None where the router is to do it, or to complain."""
-        weight_R = where.weight_R if router.weighted else None
-        wants_residual = router.add_residual or router.overflow == "residual"
-        twice = weight_R is not None and where.weighted
-        if twice or (residual is not None) != wants_residual:
-            return None
-        several = isinstance(rows[0], tuple)
-        flows = list(zip(*rows, strict=True)) if several else [tuple(rows)]
-        residuals = residual if isinstance(residual, tuple) else (residual,) * len(flows)
-        if len(residuals) != len(flows):
-            return None
-        outs = []
-        for parts_P, extra in zip(flows, residuals, strict=True):
-            if not self._alike(parts_P, where.num_cells):
-                return None
-            out = self._sum(parts_P, weight_R, where.num_cells)
-            if extra is not None:
-                if extra.shape != out.shape:
-                    return None
-                out = out + extra.to(out.dtype) if router.add_residual else out
-            outs.append(out)
-        result = tuple(outs) if several else outs[0]
-        if router.result == "all":
-            return result
-        return result, Cells(where.cells.root, where.cells.index_R(outs[0].device))
-
-    def _alike(self, parts_P: tuple[Tensor, ...], num_cells: int) -> bool:
-        """Whether paths have the rows that they should, alike in all else."""
-        first = parts_P[0]
-        return all(
-            isinstance(part, Tensor)
-            and part.shape[0] == (num_cells if always else 0)
-            and part.shape[1:] == first.shape[1:]
-            and part.dtype == first.dtype
-            and part.device == first.device
-            for part, always in zip(parts_P, self.always_P, strict=True)
-        )
-
-    def _sum(self, parts_P: tuple[Tensor, ...], weight_R: Tensor | None, num_cells: int) -> Tensor:
-        kept = [part for part, always in zip(parts_P, self.always_P, strict=True) if always]
-        dtype = kept[0].dtype
-        empty = [part for part in parts_P if part.shape[0] == 0 and part.requires_grad]
-        if empty and torch.is_grad_enabled():
-            # So that gradients of branches without rows are zeros, not None
-            kept[0] = kept[0] + torch.cat(empty).sum().to(dtype)
-        if weight_R is None and len(kept) == 1:
-            return (
-                kept[0].contiguous()
-                if self.lend
-                else kept[0].clone(memory_format=torch.contiguous_format)
-            )
-        total: Tensor | None = None
-        for i, part in enumerate(kept):
-            if weight_R is not None:
-                part = _times(part, weight_R.narrow(0, i * num_cells, num_cells))
-            part = part.to(_wide(dtype))
-            total = part if total is None else total + part
-        assert total is not None
-        return total.to(dtype)
 
     def extra_repr(self) -> str:
         """The assumption, and the router that stands behind."""
@@ -311,13 +202,3 @@ def as_expected(route: Route, always_P: tuple[bool, ...]) -> bool:
     """Whether these paths got every cell, and the others none."""
     num_cells = route.num_cells
     return route.sizes == tuple(num_cells if always else 0 for always in always_P)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype
-
-
-def _times(rows_NS: Tensor, weight_N: Tensor) -> Tensor:
-    """Rows times their weights, in the dtype in which operators multiply."""
-    wide = _wide(rows_NS.dtype)
-    return rows_NS.to(wide) * weight_N.to(wide).view(-1, *([1] * (rows_NS.ndim - 1)))

@@ -43,7 +43,7 @@ def fresh(node: fx.Node, scope: nn.Module) -> bool:
         if isinstance(router_of(node, scope), (ScatterRouter, GatherRouter)):
             return True
         return _gives_new_memory(module)
-    return _name(node) in _FRESH_NAMES and not writes(node, scope)
+    return known_name(node) in _FRESH_NAMES and not writes(node, scope)
 
 
 def _gives_new_memory(module: nn.Module) -> bool:
@@ -65,10 +65,11 @@ def alias(node: fx.Node, scope: nn.Module) -> bool:
     module = module_of(node, scope)
     if module is not None:
         return isinstance(module, _ALIAS_MODULES) and not getattr(module, "inplace", False)
-    return _name(node) in _ALIAS_NAMES
+    return known_name(node) in _ALIAS_NAMES
 
 
-def _name(node: fx.Node) -> str:
+def known_name(node: fx.Node) -> str:
+    """The name of a method, or of a function of torch or Python; "" for others."""
     if node.op == "call_method":
         return str(node.target)
     if node.op != "call_function":
@@ -164,7 +165,7 @@ def _takes_any_layout(node: fx.Node, scope: nn.Module) -> bool | None:
             return False
         parts = list(module) if type(module) is nn.Sequential else [module]
         return True if all(isinstance(p, _ANY_LAYOUT_MODULES) for p in parts) else None
-    name = _name(node) or (node.target if node.op == "call_method" else "")
+    name = known_name(node) or (node.target if node.op == "call_method" else "")
     if name in _LAYOUT_ENDS or (name == "getattr" and node.args[1] in ("shape", "dtype", "device")):
         return False
     return True if name in _ANY_LAYOUT_NAMES else None
