@@ -139,7 +139,7 @@ def _fold_gathers(graph: fx.GraphModule, ctx: Context, scatter: Found) -> None:
         if type(router).forward is not GatherRouter.forward:
             ctx.leave(node.name, f"{type(router).__name__} has a forward of its own")
             continue
-        lent = tuple(may_lend(one, node, ctx.scope) for one in rows)
+        lent = tuple(may_lend(one, ctx.scope) for one in rows)
         module = FixedGather(ctx.scope, str(node.target), lent)
         node.target = ctx.insert(graph, module, "brt_fixed_gather")
 

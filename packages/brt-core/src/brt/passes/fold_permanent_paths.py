@@ -110,7 +110,7 @@ def _fold_gather(
         ctx.leave(node.name, f"it does not gather the paths of {scatter.name} alone, in order")
         return
     kept = [rows[p] for p, always in enumerate(always_P) if always]
-    lend = len(kept) == 1 and may_lend(kept[0], node, ctx.scope)
+    lend = len(kept) == 1 and may_lend(kept[0], ctx.scope)
     guard = Guard(f"{ctx.pass_name}:{ctx.path(str(node.target))}", "as its scatter's")
     module = PermanentGather(guard, ctx.scope, str(node.target), always_P, lend)
     node.target = ctx.insert(graph, module, "brt_permanent_gather")

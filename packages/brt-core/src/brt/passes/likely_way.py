@@ -10,8 +10,9 @@ from typing import Any
 from torch import fx, nn
 
 from brt.passes.match import Scatter, argument, module_of, router_of
-from brt.passes.memory import fresh, may_share, owner, written_after
+from brt.passes.memory import may_share, written_after
 from brt.passes.speculation import decided, gathered
+from brt.passes.unmoved import may_lend
 from brt.routers import GatherRouter, ScatterRouter
 
 
@@ -162,21 +163,10 @@ class Likely:
             cells = [made.call_function(operator.getitem, (new[scatter], 1))]
         else:
             cells = [new[one] for one in where]
-        is_lent = len(rows) == 1 and _is_own(rows[0], self.scope)
+        is_lent = len(rows) == 1 and may_lend(rows[0], self.scope)
         residual = fx.node.map_arg(argument(node, 2, "residual"), new.__getitem__)
         taken = fx.node.map_arg(rows, new.__getitem__)
         return made.call_function(gathered, (router, taken, cells, residual, by_route, is_lent))
-
-
-def _is_own(rows: Any, scope: nn.Module) -> bool:
-    """Whether rows lie in memory of their own, and only one node reads them."""
-    while isinstance(rows, fx.Node) and len(rows.users) == 1:
-        if fresh(rows, scope):
-            return not isinstance(router_of(rows, scope), ScatterRouter)
-        if owner(rows, scope) is rows:
-            return False
-        rows = rows.all_input_nodes[0]
-    return False
 
 
 def _nodes_of(value: Any) -> list[fx.Node]:

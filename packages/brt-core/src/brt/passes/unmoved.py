@@ -34,25 +34,21 @@ def copies(scatter: Scatter, paths: Iterable[int], scope: nn.Module) -> dict[int
     return copied
 
 
-def may_lend(rows: Any, gather: fx.Node, scope: nn.Module) -> bool:
+def may_lend(rows: Any, scope: nn.Module) -> bool:
     """Whether a gather's result may be a path's rows (flows) themselves: nobody else has them."""
     flows = rows if isinstance(rows, (list, tuple)) else [rows]
-    return all(_only_here(one, gather, scope) for one in flows)
+    return all(_only_here(one, scope) for one in flows)
 
 
-def _only_here(rows: Any, gather: fx.Node, scope: nn.Module) -> bool:
-    """Whether the gather is the only one to read rows that lie in memory of their own."""
-    if not isinstance(rows, fx.Node):
-        return False
-    while True:
-        if len(rows.users) != 1:
-            return False
+def _only_here(rows: Any, scope: nn.Module) -> bool:
+    """Whether rows lie in memory of their own, and one node alone reads them."""
+    while isinstance(rows, fx.Node) and len(rows.users) == 1:
         if fresh(rows, scope):
             return not isinstance(router_of(rows, scope), ScatterRouter)
-        before = rows.all_input_nodes[0] if rows.all_input_nodes else rows
         if owner(rows, scope) is rows:
             return False
-        rows = before
+        rows = rows.all_input_nodes[0]
+    return False
 
 
 def unmoved_paths(
