@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import brt
-from brt.passes.fuse_vertical import FoldedLayers, FuseVertical, folded
+from brt.passes.folding import folded
+from brt.passes.fuse_vertical import FoldedLayers, FuseVertical
 from brt.protocols import TopK
 
 

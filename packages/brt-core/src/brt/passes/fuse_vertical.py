@@ -15,16 +15,11 @@ from torch.nn import functional as F
 
 from brt.passes.base import Context, Pass
 from brt.passes.derived import DerivedTensors
+from brt.passes.folding import LAYERS, can_fold, folded, is_hooked, sources
 from brt.passes.match import argument, module_of
 from brt.passes.memory import layout_is_free
 from brt.passes.packed_conv import ConvCall, can_pack, pack, packed_conv
 
-_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Conv1d: nn.BatchNorm1d,
-    nn.Conv2d: nn.BatchNorm2d,
-    nn.Conv3d: nn.BatchNorm3d,
-    nn.Linear: nn.BatchNorm1d,
-}
 _RELU = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
 
 
@@ -47,7 +42,7 @@ class FuseVertical(Pass):
             module = module_of(node, ctx.scope)
             if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
                 found += _fuse_sequential(graph, ctx, node, module)
-            elif module is not None and type(module) in _LAYERS:
+            elif module is not None and type(module) in LAYERS:
                 found += _fuse_nodes(graph, ctx, node, module)
             elif node.target in (torch.conv2d, F.conv2d):
                 call = ConvCall.of(node, ctx.scope)
@@ -105,9 +100,9 @@ class FoldedLayers(nn.Module):
 
     def _folded(self, position: int, part: Folded, x: Tensor) -> Tensor:
         layer, norm = part.layer, part.norm
-        sources = _sources(layer, norm)
+        made_of = sources(layer, norm)
         trains = torch.is_grad_enabled() and (
-            x.requires_grad or any(t.requires_grad for t in sources)
+            x.requires_grad or any(t.requires_grad for t in made_of)
         )
         in_training = norm is not None and norm.training
         if in_training or trains or torch.is_autocast_enabled(x.device.type):
@@ -115,10 +110,10 @@ class FoldedLayers(nn.Module):
             return F.relu(out) if part.relu else out
         if not torch.compiler.is_compiling() and can_pack(layer, x):
             made = self._derived.get(
-                (position, "packed"), sources, lambda: pack(layer, *folded(layer, norm), x.shape)
+                (position, "packed"), made_of, lambda: pack(layer, *folded(layer, norm), x.shape)
             )
             return packed_conv(layer, x, *made, relu=part.relu)
-        weight, *bias = self._derived.get(position, sources, lambda: _present(folded(layer, norm)))
+        weight, *bias = self._derived.get(position, made_of, lambda: _present(folded(layer, norm)))
         bias_O = bias[0] if bias else None
         if isinstance(layer, nn.Linear):
             out = F.linear(x, weight, bias_O)
@@ -140,30 +135,6 @@ def _present(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
     return tuple(t for t in tensors if t is not None)
 
 
-def folded(layer: Any, norm: Any) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of a layer that does what ``layer`` and then ``norm`` do in evaluation."""
-    if norm is None:
-        return layer.weight, layer.bias
-    scale_O = torch.rsqrt(norm.running_var.double() + norm.eps)
-    if norm.weight is not None:
-        scale_O = scale_O * norm.weight.double()
-    shift_O = -norm.running_mean.double() * scale_O
-    if norm.bias is not None:
-        shift_O = shift_O + norm.bias.double()
-    if layer.bias is not None:
-        shift_O = shift_O + layer.bias.double() * scale_O
-    weight = layer.weight
-    scaled = weight.double() * scale_O.view(-1, *[1] * (weight.ndim - 1))
-    return scaled.to(weight.dtype), shift_O.to(weight.dtype)
-
-
-def _sources(layer: Any, norm: Any) -> list[Tensor]:
-    every = [layer.weight, layer.bias]
-    if norm is not None:
-        every += [norm.weight, norm.bias, norm.running_mean, norm.running_var]
-    return [t for t in every if t is not None]
-
-
 def _fuse_sequential(
     graph: fx.GraphModule, ctx: Context, node: fx.Node, module: nn.Sequential
 ) -> list[Folded]:
@@ -178,7 +149,7 @@ def _fuse_nodes(graph: fx.GraphModule, ctx: Context, node: fx.Node, layer: Any) 
     gone: list[fx.Node] = []
     follower = _only_user(node)
     norm = None if follower is None else module_of(follower, ctx.scope)
-    if follower is not None and norm is not None and _can_fold(layer, norm):
+    if follower is not None and norm is not None and can_fold(layer, norm):
         gone.append(follower)
     elif can_pack(layer):
         norm = None
@@ -207,7 +178,7 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 
 def _flat(module: nn.Sequential) -> Iterator[nn.Module]:
     for part in module:
-        is_sequential = isinstance(part, nn.Sequential) and not _is_hooked(part)
+        is_sequential = isinstance(part, nn.Sequential) and not is_hooked(part)
         if is_sequential and type(part).forward is nn.Sequential.forward:
             assert isinstance(part, nn.Sequential)
             yield from _flat(part)
@@ -219,30 +190,13 @@ def _parts(layers: list[nn.Module]) -> Iterator[nn.Module | Folded]:
     position = 0
     while position < len(layers):
         layer, *following = layers[position : position + 3]
-        norm = following[0] if following and _can_fold(layer, following[0]) else None
-        if norm is None and not (can_pack(layer) and not _is_hooked(layer)):
+        norm = following[0] if following and can_fold(layer, following[0]) else None
+        if norm is None and not (can_pack(layer) and not is_hooked(layer)):
             yield layer
             position += 1
             continue
         following = following[norm is not None :]
         is_relu = bool(following) and type(following[0]) is nn.ReLU
-        is_relu = is_relu and not _is_hooked(following[0])
+        is_relu = is_relu and not is_hooked(following[0])
         yield Folded(layer, norm, is_relu)
         position += 1 + (norm is not None) + is_relu
-
-
-def _can_fold(layer: Any, norm: nn.Module) -> bool:
-    return (
-        (type(layer) in _LAYERS or isinstance(layer, ConvCall))
-        and type(norm) is _LAYERS.get(type(layer), nn.BatchNorm2d)
-        and isinstance(norm, nn.modules.batchnorm._BatchNorm)
-        and norm.running_mean is not None
-        and not norm.training
-        and not (isinstance(layer, nn.Linear) and layer.weight.ndim != 2)
-        and not (isinstance(layer, nn.Module) and _is_hooked(layer))
-        and not _is_hooked(norm)
-    )
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
