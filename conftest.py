@@ -17,6 +17,10 @@ if "OMP_NUM_THREADS" in os.environ:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
+# Of slow tests, and of many random cases: on a busy machine they take several times as long
+SLOW_TIMEOUT_S = 1800
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
@@ -25,7 +29,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 @pytest.fixture(scope="session")
 def thorough() -> bool:
     """Whether to try the large number of random cases (`nox -s thorough`)."""
-    return os.environ.get("BRT_THOROUGH", "") not in ("", "0")
+    return _is_set("BRT_THOROUGH")
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +37,13 @@ def _seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if _is_set("BRT_THOROUGH") or item.get_closest_marker("slow") is not None:
+            # Last: a test's own timeout comes before it
+            item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT_S), append=True)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -45,7 +56,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 def _requires_cuda(config: pytest.Config) -> bool:
     """Whether this run is about CUDA, so that skipping would make it green on nothing."""
-    if os.environ.get("BRT_REQUIRE_CUDA", "") not in ("", "0"):
+    if _is_set("BRT_REQUIRE_CUDA"):
         return True
     words = str(config.option.markexpr).replace("not cuda", "").split()
     return "cuda" in {word.strip("()") for word in words}
+
+
+def _is_set(name: str) -> bool:
+    return os.environ.get(name, "") not in ("", "0")

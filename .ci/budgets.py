@@ -23,7 +23,7 @@ BUDGETS = {
     "demo": 180,
     "build": 240,
     "thorough": 3600,
-    "sanitizers": 900,
+    "sanitizers": 1200,
     "faults": 900,
 }
 OTHER_BUDGET = 120

@@ -696,9 +696,8 @@ def test_the_recorder_takes_little_of_the_forward() -> None:
     assert overhead(Work(4), torch.randn(256, DIM), pairs=9)["inside_share"] < 0.01
 
 
-def test_recording_is_not_felt(thorough: bool) -> None:
-    if not thorough:
-        pytest.skip("takes a minute of an idle machine")
+@pytest.mark.slow
+def test_recording_is_not_felt() -> None:
     found = overhead(Work(64), torch.randn(512, DIM), pairs=200)
     assert found["inside_share"] < 0.01, found
     assert found["ratio_high_95"] <= 1.03, found
