@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 import brt
-from brt.passes import conditional
-from brt.passes.capture import Capture, CapturedRegion
+from brt.passes import buckets, captured, conditional
+from brt.passes.capture import Capture
+from brt.passes.captured import Captured, CapturedRegion
 from brt.passes.fusion import Fusion
-from brt.protocols import BinaryThreshold, TopK
+from brt.protocols import BinaryThreshold, CapacityTopK, TopK
 
 DIM = 16
 BF16 = torch.bfloat16  # of which torch has a grouped product that reads no offsets on the host
@@ -50,6 +54,17 @@ def optimised(model: nn.Module, *before: str) -> Any:
     return brt.optimize(model, passes=[*before, Capture(most_shapes=2)])
 
 
+@contextlib.contextmanager
+def no_waiting() -> Iterator[None]:
+    """Raise where the host waits for the device."""
+    torch.cuda.synchronize()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def captured_of(fast: Any) -> CapturedRegion:
     (region,) = (m for m in fast.inserted.values() if isinstance(m, CapturedRegion))
     return region
@@ -63,6 +78,165 @@ def test_refusals() -> None:
     torch.testing.assert_close(fast(x), fast(x))
     with pytest.raises(brt.PassError, match="at least 1, got 0"):
         Capture(most_shapes=0)
+
+    with pytest.raises(brt.PassError, match=r"buckets are numbers of rows.*got \(0, 4\)"):
+        Capture(buckets=(0, 4))
+
+
+def test_few_sizes_with_little_padding() -> None:
+    assert buckets.choose([]) == ()
+    assert buckets.choose([1, 1, 0]) == (1,)
+    assert buckets.choose([64] * 9) == (1, 2, 4, 8, 16, 32, 64)
+    assert buckets.choose([100, 100, 100, 90, 60], most=2) == (1, 2, 4, 8, 15, 30, 60, 100)
+    assert buckets.choose([5, 6, 7], most=1) == (1, 2, 4, 7)
+    seen = torch.randint(1, 40, (60,), generator=torch.Generator().manual_seed(0)).tolist()
+    for most in (1, 2, 3):
+        kept = buckets._fewest_added(Counter(seen), most)
+        cost = {
+            sizes: sum(min(s for s in sizes if s >= n) for n in seen)
+            for sizes in itertools.combinations(sorted(set(seen)), most)
+            if sizes[-1] == max(seen)
+        }
+        assert cost[tuple(kept)] == min(cost.values()), most
+    many = buckets.choose(range(1, 5000))
+    assert len(many) < 20
+    for num_rows in range(1, 5000):
+        size = buckets.next_size(num_rows, many)
+        assert size is not None
+        assert num_rows <= size < 2 * num_rows or size == num_rows == 1
+    assert buckets.next_size(6000, many) is None
+
+
+class Again:
+    """What stands for a graph where there is no device: the function on the graph's memory."""
+
+    def __init__(self, run: Callable[..., Any], rooms: list[Any]) -> None:
+        self.run, self.rooms = run, rooms
+        self.output = run(*rooms)
+
+    def replay(self) -> None:
+        self.output.copy_(self.run(*self.rooms))
+
+
+@pytest.fixture
+def without_device(monkeypatch: pytest.MonkeyPatch) -> list[list[Any]]:
+    """Regions are captured on the CPU; returns the memory that graphs read."""
+    recorded: list[list[Any]] = []
+
+    def record(run: Callable[..., Any], rooms: list[Any], warm_ups: int) -> Captured:
+        recorded.append(rooms)
+        graph = Again(run, rooms)
+        return Captured(graph, rooms, graph.output)
+
+    monkeypatch.setattr(captured, "record", record)
+    monkeypatch.setattr(captured, "can_record", lambda tensors: True)
+    monkeypatch.setattr(Capture, "requires", lambda self, graph, ctx: None)
+    return recorded
+
+
+def profiled(model: nn.Module, *nums: int) -> brt.Profile:
+    return brt.profile(model, [torch.randn(n, DIM) for n in nums], progress=False)
+
+
+def test_calls_are_padded_to_the_sizes_of_the_profile(without_device: list[list[Any]]) -> None:
+    model = Layer().eval()
+    fast = brt.optimize(
+        model, profiled(model, 3, 6, 6), passes=[Capture()], sample=torch.randn(6, DIM)
+    )
+    region = captured_of(fast)
+    assert region.sizes == (1, 2, 3, 6)
+    assert "padded to the next of 1, 2, 3, 6 rows" in str(fast.report)
+    kept: list[tuple[Tensor, Tensor]] = []
+    region.replays = 0
+    with torch.no_grad():
+        for num_rows in (6, 5, 4, 2, 0, 9, 6, 9):
+            x = torch.randn(num_rows, DIM)
+            given = x.clone()
+            kept.append((fast(x), model(x)))
+            assert torch.equal(x, given)
+    for came, wanted in kept:  # later calls left them alone
+        torch.testing.assert_close(came, wanted)
+    assert [len(rooms[0]) for rooms in without_device] == [6, 2, 9]
+    assert region.replays == 7
+
+
+def test_images_of_any_layout_are_padded_by_their_last_row() -> None:
+    plain, scale = torch.rand(3, 2, 4, 4), torch.tensor(2.0)
+    last = plain.contiguous(memory_format=torch.channels_last)
+    keys = {buckets.signature((x, scale, 1), 4) for x in (plain, plain[:2], plain[:1], last)}
+    assert len(keys) == 2
+    assert buckets.signature((plain, scale, 1), 4) != buckets.signature((plain, scale, True), 4)
+    assert buckets.signature((plain, scale), None) != buckets.signature((plain[:2], scale), None)
+    for x in (plain, last, plain.transpose(2, 3), plain[:, :, :, ::2]):
+        assert buckets.rows_of((x, scale, 1)) == 3
+        rooms = buckets.room_for((x, scale, 1), 5)
+        buckets.fill(rooms, (x, scale * 3, 1))
+        assert torch.equal(rooms[0], torch.cat([x, x[2:], x[2:]]))
+        assert (rooms[1], rooms[2]) == (6, 1)
+        assert torch.equal(scale, torch.tensor(2.0))
+        assert rooms[0].is_contiguous(memory_format=torch.channels_last) == (x is last)
+        (back,) = buckets.cut([rooms[0]], 3)
+        assert torch.equal(back, x)
+        assert back.untyped_storage().data_ptr() != rooms[0].untyped_storage().data_ptr()
+    assert buckets.rows_of((plain, plain[:2])) is None
+    assert buckets.rows_of((scale, 3)) is None
+
+
+def test_padding_is_not_assumed_to_be_harmless(without_device: list[list[Any]]) -> None:
+    model, x = Layer().eval(), torch.randn(6, DIM)
+    model.scatter.protocol = CapacityTopK(2)
+    for profile, sample, why in (
+        (profiled(model, 6), x, "compete for a path"),
+        (profiled(model, 6), None, "shapes are needed"),
+        (None, x, "no profile says"),
+    ):
+        fast = brt.optimize(model, profile, passes=[Capture()], sample=sample)
+        assert captured_of(fast).sizes == ()
+        assert why in str(fast.report)
+        with torch.no_grad():
+            torch.testing.assert_close(fast(x[:4]), model(x[:4]))
+
+
+def test_who_counts_decisions_sees_each_and_no_padding(without_device: list[list[Any]]) -> None:
+    model = Layer().eval()
+    fast = brt.optimize(model, passes=[Capture(buckets=(8,))], sample=torch.randn(6, DIM))
+    region = captured_of(fast)
+    batches = [torch.randn(n, DIM) for n in (6, 5, 6)]
+    with torch.no_grad():
+        fast(batches[0])
+    replays = region.replays
+    assert replays
+    found, wanted = (brt.profile(one, batches, progress=False) for one in (fast, model))
+    assert region.replays == replays
+    assert torch.equal(found.routers["scatter#0"].rows_FP, wanted.routers["scatter#0"].rows_FP)
+    with torch.no_grad():
+        fast(batches[0])
+    assert region.replays == replays + 1
+
+
+@pytest.mark.cuda
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+def test_other_numbers_of_rows_by_one_graph() -> None:
+    model = Layer(result="paths").eval().cuda().to(BF16)
+    batches = [torch.randn(n, DIM, device="cuda", dtype=BF16) for n in (48, 33, 40, 40)]
+    profile = brt.profile(model, batches, progress=False)
+    fast = brt.optimize(
+        model, profile, passes=["fuse-horizontal", Capture()], sample=batches[0], verify=False
+    )
+    region = captured_of(fast)
+    assert {33, 40, 48} <= set(region.sizes)
+    few = [torch.randn(n, DIM, device="cuda", dtype=BF16) for n in (34, 36, 39, 40, 41, 47)]
+    with torch.no_grad():
+        wanted = [model(x) for x in few]
+        fast(few[0]), fast(few[-1])
+        graphs, replays = len(region._graphs), region.replays
+        with no_waiting():
+            came = [fast(x) for x in few]
+        for found, right in zip(came, wanted, strict=True):
+            torch.testing.assert_close(found, right, **CLOSE)
+        assert (len(region._graphs), region.replays) == (graphs, replays + len(few))
+        large = torch.randn(60, DIM, device="cuda", dtype=BF16)
+        torch.testing.assert_close(fast(large), model(large), **CLOSE)
 
 
 @pytest.mark.cuda
@@ -107,11 +281,8 @@ def test_after_the_fusing_passes_nothing_waits_for_the_device() -> None:
     with torch.no_grad():
         wanted = model(x)
         fast(x)
-        try:
-            torch.cuda.set_sync_debug_mode("error")
+        with no_waiting():
             came = fast(x)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(came, wanted, **CLOSE)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import brt
 import brt_kernels._plugin as plugin
 from brt import plugins
-from brt.passes.capture import CapturedRegion
+from brt.passes.captured import CapturedRegion
 from brt.protocols import BinaryThreshold
 
 pytestmark = pytest.mark.cuda

@@ -119,6 +119,18 @@ class Call:
     kwargs: dict[str, Any]
     output: Any
 
+    def batch_for(self, module: nn.Module) -> Any:
+        """The arguments as the batch that `trace` takes; None where they are none."""
+        try:
+            signature = inspect.signature(module.forward)
+            bound = signature.bind(*self.args, **self.kwargs)
+        except (TypeError, ValueError):
+            return None
+        kinds = {signature.parameters[name].kind for name in bound.arguments}
+        if kinds <= {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}:
+            return dict(bound.arguments)
+        return self.args if not self.kwargs else None
+
 
 @dataclass(eq=False)
 class Context:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
@@ -54,7 +53,7 @@ def regions_of(
             if tracing.has_routers(module) and not isinstance(module, Router)
         }
         first = _calls(copy, inside, sample, most=1, keep=False)
-        samples = {path: _batch(inside[path], *seen) for path, seen in first.items() if seen}
+        samples = {path: seen[0].batch_for(inside[path]) for path, seen in first.items() if seen}
     found = tracing.regions(copy, {k: v for k, v in samples.items() if v is not None})
     left = [
         RegionReport(r.path, type(copy.get_submodule(r.path)).__name__, r.reason, None, None)
@@ -115,19 +114,6 @@ def _inside_graph(region: Region) -> set[str]:
 def _why_closed(path: str, found: list[Region]) -> str:
     reasons = [region.opaque[path] for region in found if path in region.opaque]
     return reasons[0] if reasons else "its exits are inside one router, which no graph shows"
-
-
-def _batch(module: nn.Module, call: Call) -> Any:
-    """A call's arguments as the batch that `trace` takes; None where they are none."""
-    try:
-        signature = inspect.signature(module.forward)
-        bound = signature.bind(*call.args, **call.kwargs)
-    except (TypeError, ValueError):
-        return None
-    kinds = {signature.parameters[name].kind for name in bound.arguments}
-    if kinds <= {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}:
-        return dict(bound.arguments)
-    return call.args if not call.kwargs else None
 
 
 @contextmanager

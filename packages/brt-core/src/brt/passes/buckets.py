@@ -1,0 +1,184 @@
+"""Calls of other numbers of rows by one graph: which sizes there are, padding, and cutting back.
+
+Legend: N rows of a call, B rows of the graph that it replays.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from brt.cellflow.whole import RowsTogetherError, rows_apart
+from brt.errors import TraceError
+from brt.graph import trace
+from brt.passes.base import Context
+from brt.passes.match import scatters
+
+MOST_NODES = 1500
+"""Larger regions keep exact shapes: following rows takes some 10 ms a node."""
+_MOST_CHOSEN = 6
+_MOST_SEEN = 128
+
+
+def choose(seen: Iterable[int], most: int = _MOST_CHOSEN) -> tuple[int, ...]:
+    """Sizes to pad calls of the sizes ``seen`` to: () where none has rows.
+
+    At most ``most`` of them are seen ones, with the fewest rows added in all; between and below
+    these lie halves, so that no call is padded to twice its rows.
+    """
+    counts = Counter(size for size in seen if size > 0)
+    if len(counts) > _MOST_SEEN:
+        step = -(-max(counts) // _MOST_SEEN)
+        counts = Counter(-(-size // step) * step for size in counts.elements())
+    return _with_halves(_fewest_added(counts, most)) if counts else ()
+
+
+def _fewest_added(counts: Counter[int], most: int) -> list[int]:
+    """Which sizes to keep, each standing for those below it down to the next one kept."""
+    sizes = sorted(counts)
+    calls = [0, *itertools.accumulate(counts[size] for size in sizes)]
+    # best[j]: rows of all calls of the first j sizes, padded, and the sizes kept among these
+    best: list[tuple[float, list[int]]] = [(0, [])] + [(float("inf"), [])] * len(sizes)
+    for _ in range(min(most, len(sizes))):
+        best = [best[0]] + [
+            min(
+                (rows + sizes[j - 1] * (calls[j] - calls[i]), [*kept, sizes[j - 1]])
+                for i, (rows, kept) in enumerate(best[:j])
+            )
+            for j in range(1, len(sizes) + 1)
+        ]
+    return best[-1][1]
+
+
+def _with_halves(sizes: Sequence[int]) -> tuple[int, ...]:
+    found = set(sizes)
+    for low, high in itertools.pairwise([0, *sorted(sizes)]):
+        while high > max(2 * low, 1):
+            high = -(-high // 2)
+            found.add(high)
+    return tuple(sorted(found))
+
+
+def sizes_for(wanted: str | tuple[int, ...] | None, ctx: Context) -> tuple[int, ...]:
+    """The sizes that calls of a region are padded to; () where each shape has a graph of its own.
+
+    Passes leave the result as it was, so that the region's own code tells whether its rows are
+    kept apart.
+    """
+    if wanted is None:
+        return ()
+    if wanted == "profile" and ctx.profile is None:
+        ctx.leave("other numbers of rows", "no profile says which there are")
+        return ()
+    try:
+        seen = _seen(ctx)
+    except (RowsTogetherError, TraceError) as error:
+        ctx.leave("other numbers of rows", f"padding might change results: {error}")
+        return ()
+    sizes = choose(seen) if isinstance(wanted, str) else tuple(sorted(wanted))
+    if sizes:
+        ctx.note(
+            "each row is computed by itself: calls are padded to the next of "
+            f"{', '.join(map(str, sizes))} rows"
+        )
+    return sizes
+
+
+def _seen(ctx: Context) -> list[int]:
+    """How many rows each call had in the profile. Raises where rows are not kept apart."""
+    if not ctx.sample:
+        raise RowsTogetherError("shapes are needed to tell: brt.optimize(..., sample=batch)")
+    batch = ctx.sample[0].batch_for(ctx.scope)
+    if batch is None:
+        raise RowsTogetherError("its arguments cannot be named")
+    graph = trace(ctx.scope, batch)
+    if len(graph.graph.nodes) > MOST_NODES:
+        raise RowsTogetherError(f"more than {MOST_NODES} nodes would have to be followed")
+    cells_per_row = rows_apart(graph, batch)
+    for found in scatters(graph.graph, ctx.scope):
+        if ctx.profile is not None and found.node in cells_per_row:
+            router = ctx.profile.routers.get(f"{found.target}#{found.call}")
+            if router is not None:
+                each = cells_per_row[found.node]
+                return [cells // each for cells in router.cells_F.tolist() if cells % each == 0]
+    return []
+
+
+def rows_of(inputs: Sequence[Any]) -> int | None:
+    """The number of rows that all tensors of a call have; None where there is no such number."""
+    sizes = {x.shape[0] for x in inputs if isinstance(x, Tensor) and x.ndim}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def next_size(num_rows: int | None, sizes: Sequence[int]) -> int | None:
+    """The smallest size that so many rows fit in; None where there is none."""
+    if num_rows is None:
+        return None
+    return next((size for size in sizes if size >= num_rows), None)
+
+
+def signature(inputs: Sequence[Any], size: int | None) -> tuple[Any, ...]:
+    """What a graph is for: everything about the inputs but their values.
+
+    With a ``size`` also but their number of rows, and how far these lie apart.
+    """
+    parts: list[Any] = [size]
+    for x in inputs:
+        if not isinstance(x, Tensor):
+            parts.append((type(x), x))
+        elif size is None or not x.ndim:
+            parts.append((tuple(x.shape), x.stride(), x.dtype, x.device))
+        else:
+            parts.append((tuple(x.shape[1:]), _layout(x), x.dtype, x.device))
+    return tuple(parts)
+
+
+def room_for(inputs: Sequence[Any], size: int | None) -> list[Any]:
+    """Copies of the inputs; with a ``size``, of so many rows, to be filled by `fill`."""
+    if size is None:
+        return [x.clone() if isinstance(x, Tensor) else x for x in inputs]
+    rooms = []
+    for x in inputs:
+        if isinstance(x, Tensor) and x.ndim:
+            shape = (size, *x.shape[1:])
+            x = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_layout(x))
+        elif isinstance(x, Tensor):
+            x = x.clone()
+        rooms.append(x)
+    return rooms
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    is_last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if is_last and not x.is_contiguous() else torch.contiguous_format
+
+
+def fill(rooms: Sequence[Any], inputs: Sequence[Any]) -> None:
+    """Copy the inputs to where the graph reads them; rows beyond theirs repeat the last one.
+
+    A copy of a row is as safe as the row: zeros might divide by zero.
+    """
+    for room, given in zip(rooms, inputs, strict=True):
+        if not isinstance(room, Tensor):
+            continue
+        if room.shape == given.shape:
+            room.copy_(given)
+        else:
+            num_rows = given.shape[0]
+            room[:num_rows].copy_(given)
+            room[num_rows:].copy_(given[-1:])
+
+
+def cut(output: Any, num_rows: int | None) -> Any:
+    """A copy of what a graph gave; with ``num_rows`` of its first rows."""
+
+    def copied(out: Tensor) -> Tensor:
+        return out.clone() if num_rows is None else out[:num_rows].clone()
+
+    return pytree.tree_map_only(Tensor, copied, output)
