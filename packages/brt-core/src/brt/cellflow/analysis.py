@@ -6,11 +6,12 @@ import operator
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from brt import losses
 from brt.cellflow.dry import UNKNOWN, DryRun, Unknown, quiet, tensors_in
+from brt.cellflow.layers import ELEMENTWISE
 from brt.cellflow.routers import KnownCells, KnownRoute, each_of, route_of
 from brt.cellflow.states import Flow, Size
 from brt.cells import Cells
@@ -19,12 +20,6 @@ from brt.graph import as_call, expect
 from brt.grouped import each, grouped
 from brt.route import Route
 from brt.routers import Router
-
-# Without a sample no shape is known, and only these are the same for any shape
-_ANY_SHAPE = (
-    *(nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish),
-    *(nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.Softplus),
-)
 
 
 def cellflow(graph: fx.GraphModule, sample: Any = None) -> dict[fx.Node, Flow]:
@@ -76,7 +71,7 @@ def _analysed(graph: fx.GraphModule, sample: Any) -> _Analysis:
 def _without_shapes(graph: fx.GraphModule, node: fx.Node) -> Flow:
     if node.op in ("placeholder", "get_attr", "output"):
         return Flow("keeps", "does nothing with cells")
-    if node.op == "call_module" and type(graph.get_submodule(str(node.target))) in _ANY_SHAPE:
+    if node.op == "call_module" and type(graph.get_submodule(str(node.target))) in ELEMENTWISE:
         return Flow("keeps", "every element by itself")
     return Flow("mixes", "shapes are needed to tell: cellflow(graph, sample=batch)")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -20,6 +20,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.utils import _pytree as pytree
 
 from brt.cellflow.follow import Follow, ReadsValuesError, is_row
+from brt.cellflow.layers import shape_of
 from brt.cellflow.states import ORDER, Along, Axis, Flow, Mixed, Size, as_expr, same
 
 # Code of torch and of brt means nothing by asking: it is right for any number
@@ -70,6 +71,11 @@ class DryRun:
         with self.mode:
             return torch.empty((num_rows, *trailing), dtype=like.dtype, device=like.device)
 
+    def _rows_like(self, x: Tensor, trailing: tuple[int, ...]) -> Tensor:
+        """`empty` for as many rows as ``x`` has, without the detour through the mode."""
+        bare = torch.empty((x.shape[0], *trailing), dtype=x.dtype, device="meta")
+        return FakeTensor(self.mode, bare, x.device)
+
     def call(
         self,
         function: Callable[..., Any],
@@ -82,6 +88,10 @@ class DryRun:
 
         ``used`` are the entries of the result that matter, where not all do.
         """
+        if len(args) == len(cells) == 1 and args[0] is cells[0] and not kwargs and used is None:
+            shape = shape_of(function, cells[0]) if isinstance(function, nn.Module) else None
+            if shape is not None:
+                return Flow("keeps", "every row by itself"), self._rows_like(cells[0], shape)
         numbers = [s for s in pytree.tree_leaves((args, kwargs)) if isinstance(s, torch.SymInt)]
         sizes = _distinct([t.shape[0] for t in cells if t.ndim] or numbers or [0])
         worst, value = Flow("keeps", "takes no cells"), UNKNOWN

@@ -33,7 +33,7 @@ def find(func: torch._ops.OpOverload) -> Rule | None:
 
 
 @rule("copy", "masked_fill", "where", "_to_copy", "clone", "detach", "alias", "lift_fresh")
-@rule("lift_fresh_copy", "contiguous", "fill", "zero")
+@rule("lift_fresh_copy", "contiguous", "fill", "zero", "hardswish")
 def pointwise(call: Call) -> State:
     """Every element is made of the elements at its place."""
     out = call.out[0] if isinstance(call.out, (list, tuple)) else call.out
