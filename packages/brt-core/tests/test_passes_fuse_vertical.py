@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import brt
+from brt.passes.folded_layers import Folded, FoldedLayers
 from brt.passes.folding import folded
-from brt.passes.fuse_vertical import FoldedLayers, FuseVertical
+from brt.passes.fuse_vertical import FuseVertical
+from brt.passes.packed_conv import as_product
 from brt.protocols import TopK
 
 
@@ -159,6 +161,37 @@ def test_folded_weights_follow_the_model() -> None:
         other.get_parameter("stem.0.bias").add_(1)
         torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
     assert set(fast.state_dict()) == set(model.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, of flags that it sets itself
+@pytest.mark.parametrize("size", [1, 4, 64], ids=lambda size: f"{size}x{size}")
+@pytest.mark.parametrize("num_cells", [0, 1, 3])
+def test_small_1x1_convolutions_are_products(num_cells: int, size: int) -> None:
+    conv = nn.Conv2d(24, 20, 1)
+    norm = randomised(nn.BatchNorm2d(20)).eval()
+    layers = FoldedLayers([Folded(conv, norm, relu=True)])
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(num_cells, 24, size, size).contiguous(memory_format=layout)
+        with torch.no_grad():
+            wanted = norm(conv(x)).relu()
+            torch.testing.assert_close(layers(x), wanted, rtol=1e-4, atol=1e-5)
+            with torch.backends.mkldnn.flags(enabled=False):
+                torch.testing.assert_close(layers(x), wanted, rtol=1e-4, atol=1e-5)
+    is_small = as_product(torch.randn(2, 24, size, size), conv.weight) is not None
+    assert is_small == (size == 1)  # images that lie otherwise are no rows
+    x = torch.randn(1, 24, size, size).contiguous(memory_format=torch.channels_last)
+    assert (as_product(x, conv.weight) is not None) == (size < 64)
+
+
+def test_layers_get_a_bias_and_another_dtype() -> None:
+    conv, x = nn.Conv2d(4, 5, 1, bias=False), torch.randn(1, 4, 1, 1)
+    layers = FoldedLayers([Folded(conv, None, relu=False)])
+    with torch.no_grad():
+        torch.testing.assert_close(layers(x), conv(x))
+        conv.bias = nn.Parameter(torch.randn(5))
+        torch.testing.assert_close(layers(x), conv(x))
+        conv.double()
+        torch.testing.assert_close(layers(x.double()), conv(x.double()))
 
 
 def test_gradients_are_those_of_the_layers() -> None:

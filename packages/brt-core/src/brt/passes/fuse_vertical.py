@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.nn import functional as F
 
 from brt.passes.base import Context, Pass
-from brt.passes.derived import DerivedTensors
-from brt.passes.folding import LAYERS, can_fold, folded, is_hooked, sources
+from brt.passes.folded_layers import Folded, FoldedLayers
+from brt.passes.folding import LAYERS, can_fold, is_hooked
 from brt.passes.match import argument, module_of
 from brt.passes.memory import layout_is_free
-from brt.passes.packed_conv import ConvCall, can_pack, pack, packed_conv
+from brt.passes.packed_conv import ConvCall, can_pack
 
 _RELU = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
 
@@ -63,76 +63,6 @@ class FuseVertical(Pass):
         """Folding rounds a product of scale and weight: ten times a pass that reorders sums."""
         relative, absolute = super().tolerance(dtype)
         return 10 * relative, absolute
-
-
-@dataclass(frozen=True, eq=False)
-class Folded:
-    """A layer, the batch norm that follows it (or None), and whether ReLU does."""
-
-    layer: Any
-    norm: Any
-    relu: bool
-
-
-class FoldedLayers(nn.Module):
-    """Layers one after the other, some with their batch norm folded: ``forward(x)``.
-
-    It refers to the model's own layers; folded weights are made anew when one of these changes.
-    """
-
-    def __init__(self, parts: list[nn.Module | Folded]) -> None:
-        super().__init__()
-        self._parts = tuple(parts)
-        self._derived = DerivedTensors()
-        first = next(i for i, part in enumerate(parts) if isinstance(part, Folded))
-        self.inplace = any(_is_inplace(part) for part in parts[:first])
-        """Whether it may write to what it is given."""
-        self.gives_new_memory = first == 0
-        self.takes_any_layout = first == 0
-        self.keeps_layout = True
-        """Whether images may come out channels last where they came in otherwise."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """What the layers give."""
-        for position, part in enumerate(self._parts):
-            x = self._folded(position, part, x) if isinstance(part, Folded) else part(x)
-        return x if self.keeps_layout else x.contiguous()
-
-    def _folded(self, position: int, part: Folded, x: Tensor) -> Tensor:
-        layer, norm = part.layer, part.norm
-        made_of = sources(layer, norm)
-        trains = torch.is_grad_enabled() and (
-            x.requires_grad or any(t.requires_grad for t in made_of)
-        )
-        in_training = norm is not None and norm.training
-        if in_training or trains or torch.is_autocast_enabled(x.device.type):
-            out: Tensor = layer(x) if norm is None else norm(layer(x))
-            return F.relu(out) if part.relu else out
-        if not torch.compiler.is_compiling() and can_pack(layer, x):
-            made = self._derived.get(
-                (position, "packed"), made_of, lambda: pack(layer, *folded(layer, norm), x.shape)
-            )
-            return packed_conv(layer, x, *made, relu=part.relu)
-        weight, *bias = self._derived.get(position, made_of, lambda: _present(folded(layer, norm)))
-        bias_O = bias[0] if bias else None
-        if isinstance(layer, nn.Linear):
-            out = F.linear(x, weight, bias_O)
-        else:
-            out = layer._conv_forward(x, weight, bias_O)
-        return out.relu_() if part.relu else out
-
-    def extra_repr(self) -> str:
-        """How many layers of each kind."""
-        num_folded = sum(isinstance(p, Folded) and p.norm is not None for p in self._parts)
-        return f"{num_folded} layers with their batch norm, {len(self._parts) - num_folded} others"
-
-
-def _is_inplace(part: Any) -> bool:
-    return any(getattr(module, "inplace", False) for module in part.modules())
-
-
-def _present(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
-    return tuple(t for t in tensors if t is not None)
 
 
 def _fuse_sequential(

@@ -13,6 +13,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+# Multiply-adds up to which a 1x1 convolution is a matrix product: these take about the 20 us
+# that oneDNN spends on a call before it computes. Larger ones are slower: weights are not packed
+_SMALL = 2**20
+
 
 @dataclass(frozen=True, eq=False)
 class ConvCall:
@@ -79,8 +83,8 @@ def _pair(value: Any) -> tuple[int, int] | None:
     return None
 
 
-def can_pack(layer: Any, x: Tensor | None = None) -> bool:
-    """Whether oneDNN takes a layer (and rows of it) with weights in a layout of its own."""
+def can_pack(layer: Any) -> bool:
+    """Whether oneDNN takes a layer with weights in a layout of its own."""
     if not (type(layer) is nn.Conv2d or isinstance(layer, ConvCall)):
         return False
     weight = layer.weight
@@ -88,17 +92,39 @@ def can_pack(layer: Any, x: Tensor | None = None) -> bool:
         return False
     if weight.device.type != "cpu" or weight.dtype != torch.float32 or weight.ndim != 4:
         return False
-    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
-        return False
-    if x is None:
-        return True
+    return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+
+
+def takes_packed(x: Tensor, weight: Tensor) -> bool:
+    """Whether rows, and the weight as it is now, are such as oneDNN takes."""
     return (
         type(x) is Tensor
         and x.ndim == 4
-        and x.dtype == torch.float32
-        and x.device.type == "cpu"
+        and x.dtype is weight.dtype is torch.float32
+        and x.is_cpu
+        and weight.is_cpu
         and x.numel() > 0
+        and bool(torch.backends.mkldnn.enabled)
     )
+
+
+def is_product(layer: Any) -> bool:
+    """Whether a convolution is a matrix product of its pixels: 1x1, at every pixel."""
+    return (
+        tuple(layer.weight.shape[2:]) == (1, 1)
+        and tuple(layer.stride) == (1, 1)
+        and tuple(layer.padding) == (0, 0)
+        and layer.groups == 1
+    )
+
+
+def as_product(x: Tensor, weight: Tensor) -> Tensor | None:
+    """Rows ``[N, C, H, W]`` as ``[N * H * W, C]``, where a product is faster than a convolution."""
+    if x.numel() * weight.shape[0] > _SMALL:
+        return None
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return None
+    return x.permute(0, 2, 3, 1).view(-1, x.shape[1])
 
 
 def pack(
@@ -114,7 +140,7 @@ def packed_conv(
     layer: Any, x: Tensor, packed: Tensor, bias: Tensor | None = None, *, relu: bool
 ) -> Tensor:
     """The layer with weights from `pack`, and ReLU in its result."""
-    out: Tensor = torch.ops.mkldnn._convolution_pointwise(
+    out: Tensor = torch.ops.mkldnn._convolution_pointwise.default(
         x, packed, bias, layer.padding, layer.stride, layer.dilation, layer.groups,
         "relu" if relu else "none", [], "",
     )  # fmt: skip
