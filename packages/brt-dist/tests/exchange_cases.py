@@ -6,6 +6,7 @@ Legend: W ranks, G experts on a rank, R rows, D features.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -14,11 +15,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 import brt_dist
-from brt_dist import agree, reference
+from brt_dist import agree, layout, reference
 from brt_dist.exchange import exchange_counts, start
 from brt_dist.groups import resolve
 
 Group = dist.ProcessGroup | None
+finish = layout.Landing.finish
 GROUPS: dict[tuple[int, ...], dist.ProcessGroup] = {}
 
 
@@ -66,6 +68,37 @@ def equals_reference(
     assert torch.equal(exchange.load_G, received_WG.sum(0))
     assert torch.equal(reference.reverse_all_to_all(came, counts_WG), rows)
     assert torch.equal(brt_dist.reverse_all_to_all(came, exchange), rows)
+
+
+def keeping_own(rank: int, function: Callable[..., None], *args: Any) -> None:
+    """Another case, in which ranks keep their own rows where few rows would travel with others'."""
+    with mock.patch("brt_dist.layout.LONG", 0), mock.patch("brt_dist.segments.LONG", 0):
+        function(rank, *args)
+
+
+def keeps_own(rank: int, num_own: int, num_others: int) -> bool:
+    """Whether a rank with so many rows for itself, and for each other, keeps its own."""
+    counts_WG = torch.full((dist.get_world_size(), 2), num_others)
+    counts_WG[rank] = num_own
+    rows = rows_of(rank, counts_WG, torch.float32, (2,))
+    with mock.patch.object(layout.Landing, "finish", autospec=True, side_effect=finish) as finished:
+        came, exchange = brt_dist.sparse_all_to_all(rows, counts_WG)
+    assert torch.equal(came, reference.sparse_all_to_all(rows, counts_WG)[0])
+    assert torch.equal(brt_dist.reverse_all_to_all(came, exchange), rows)
+    return bool(finished.call_count)
+
+
+def two_at_a_time(rank: int) -> None:
+    """Two exchanges under way at once, the later one waited for first."""
+    first, second = (counts_of(rank, dist.get_world_size(), 3, "", seed) for seed in (1, 2))
+    rows, others = (rows_of(rank, counts, torch.int64, (2,)) for counts in (first, second))
+    handles = [
+        brt_dist.sparse_all_to_all(sent, counts, async_op=True)
+        for sent, counts in ((rows, first), (others, second))
+    ]
+    for handle, sent in zip(handles[::-1], (others, rows), strict=True):
+        came, made = handle.wait()
+        assert torch.equal(brt_dist.reverse_all_to_all(came, made), sent)
 
 
 def many_experts(rank: int) -> None:
@@ -161,7 +194,7 @@ def wronged(rows: Tensor, counts_WG: Tensor, wrong: str) -> tuple[Any, Tensor]:
     elif wrong == "negative":
         counts_WG[0, 0], counts_WG[0, 1] = -1, 3
     elif wrong == "version":
-        brt_dist.agree.VERSION = 2
+        brt_dist.agree.VERSION += 1
         brt_dist.agree._header.cache_clear()
     more = {"experts": 2, "many-experts": 300}.get(wrong, 0)
     counts_WG = torch.cat([counts_WG, counts_WG.new_zeros(counts_WG.shape[0], more)], 1)
@@ -189,8 +222,8 @@ def call(rank: int, wrong_rank: int, wrong: str) -> str:
     except brt_dist.ExchangeError as error:
         return str(error)
     finally:
-        if brt_dist.agree.VERSION != 1:
-            brt_dist.agree.VERSION = 1
+        if wrong == "version" and rank == wrong_rank:
+            brt_dist.agree.VERSION -= 1
             brt_dist.agree._header.cache_clear()
     return "no error"
 

@@ -11,7 +11,7 @@ from rich.console import Console
 import brt
 import brt_dist._plugin
 from brt import plugins
-from brt_dist import demo
+from brt_dist import demo, nearest
 
 pytestmark = pytest.mark.dist
 
@@ -34,6 +34,6 @@ def test_demo_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 def test_nearer_puts_experts_where_their_rows_are() -> None:
     counts_WP = np.array([[9, 0, 9, 0, 3], [0, 9, 0, 9, 2]])
-    placement = demo.nearer(counts_WP)
+    placement = nearest(counts_WP)
     assert placement == [0, 1, 0, 1, 0]
     assert demo.moving_rows(counts_WP, tuple(placement)) == 2

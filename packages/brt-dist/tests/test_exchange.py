@@ -35,6 +35,28 @@ def test_every_dtype(dtype: torch.dtype, ranks_of: Callable[[int], Ranks]) -> No
     ranks_of(3).run(cases.equals_reference, "", 2, dtype, (), 1)
 
 
+@pytest.mark.parametrize("case", EMPTINESS)
+def test_own_rows_stay(case: str, ranks: Ranks) -> None:
+    for dtype in (torch.float32, torch.bool):
+        ranks.run(cases.keeping_own, cases.equals_reference, case, 3, dtype, (5,), 1)
+    for async_op in (False, True):
+        ranks.run(cases.keeping_own, cases.gradients, case, async_op, tuple(range(ranks.num_ranks)))
+
+
+def test_own_rows_of_flows_stay(ranks_of: Callable[[int], Ranks]) -> None:
+    ranks_of(3).run(cases.keeping_own, cases.flows_share_counts, True)
+    ranks_of(3).run(cases.keeping_own, cases.gradients_of_flows)
+    ranks_of(4).run(cases.keeping_own, cases.two_at_a_time)
+    ranks_of(4).run(cases.keeping_own, cases.in_a_subset, (1, 3))
+
+
+def test_who_keeps_own_rows(ranks_of: Callable[[int], Ranks]) -> None:
+    assert ranks_of(3).run(cases.keeps_own, 50, 10) == [True, True, True]
+    assert ranks_of(3).run(cases.keeps_own, 20, 20) == [True, False, True]
+    assert ranks_of(3).run(cases.keeps_own, 0, 30) == [False, False, False]
+    assert ranks_of(3).run(cases.keeps_own, 4, 1) == [False, False, False]
+
+
 def test_many_experts(ranks: Ranks) -> None:
     ranks.run(cases.many_experts)
 

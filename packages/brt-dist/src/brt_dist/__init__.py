@@ -14,6 +14,7 @@ from brt_dist.hierarchical import (
 )
 from brt_dist.locality import Assignment, assign_sources, return_to_assigned
 from brt_dist.measure import measure_transports
+from brt_dist.nearest import nearest
 from brt_dist.parallelize import Parallelized, parallelize
 from brt_dist.placement import PlacementError, Plan, plan
 from brt_dist.routers import ParallelGatherRouter, ParallelScatterRouter, SpreadRoute
@@ -45,6 +46,7 @@ __all__ = [
     "assign_sources",
     "hierarchical_all_to_all",
     "measure_transports",
+    "nearest",
     "parallelize",
     "plan",
     "reference",

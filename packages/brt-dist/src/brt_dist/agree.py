@@ -25,14 +25,17 @@ from brt import BrtError
 from brt_dist.errors import ExchangeError
 from brt_dist.groups import Group, global_rank, host_device, naming_failures
 
+Words = NDArray[np.int64]
+
 MAGIC = 0x627274_64697374  # "brtdist"
-VERSION = 1
+VERSION = 2
 
 # A message: these words, the text, the first columns of counts.
-_MAGIC, _VERSION, _IS_PROBLEM, _NUM_COLUMNS, _GRAD_MODE, _LENGTH, _CHECKSUM, _GRAD_FLOWS = range(8)
-_TEXT_BYTES = 448
-_TEXT = 8
-_COUNTS = _TEXT + _TEXT_BYTES // 8
+_MAGIC, _VERSION, _IS_PROBLEM, _NUM_COLUMNS, _GRAD_MODE, _LENGTH, _CHECKSUM = range(7)
+_TEXT, _TEXT_BYTES = 7, 448
+# From here on ranks may differ
+_OWN = _TEXT + _TEXT_BYTES // 8
+_GRAD_FLOWS, _COUNTS = _OWN, _OWN + 1
 _NUM_WORDS = 128
 _NUM_FIRST = _NUM_WORDS - _COUNTS
 
@@ -58,17 +61,20 @@ def agree(
     ``signature`` says in words what is exchanged. A rank that differs, or that reported a problem
     of its own (`telling`), is an `ExchangeError` on every rank.
     """
-    num_columns = counts_WC.shape[1]
-    message_WB = _message(group, signature, grad_flows, num_columns)
-    message_WB[:, _COUNTS : _COUNTS + num_columns] = counts_WC[:, :_NUM_FIRST]
+    # numpy: of so few numbers, torch would take several times as long
+    own_WC, num_columns = counts_WC.numpy(), counts_WC.shape[1]
+    message_WB = _message(group, signature, num_columns)
+    message_WB[:, _GRAD_FLOWS] = grad_flows
+    message_WB[:, _COUNTS : _COUNTS + num_columns] = own_WC[:, :_NUM_FIRST]
     headers_WB = _swap(what, message_WB, group)
-    _compare(what, headers_WB, group)
+    if not np.array_equal(headers_WB[:, :_OWN], message_WB[:, :_OWN]):
+        _raise_difference(what, headers_WB, group)
     received_WC = headers_WB[:, _COUNTS : _COUNTS + num_columns]
     if num_columns > _NUM_FIRST:
-        rest_WC = _swap(what, counts_WC[:, _NUM_FIRST:].contiguous(), group)
-        received_WC = torch.cat([received_WC, rest_WC], 1)
-    needed = functools.reduce(int.__or__, headers_WB[:, _GRAD_FLOWS].tolist())
-    return Agreed(received_WC, needed)
+        rest_WC = _swap(what, np.ascontiguousarray(own_WC[:, _NUM_FIRST:]), group)
+        received_WC = np.concatenate([received_WC, rest_WC], 1)
+    needed = int(np.bitwise_or.reduce(headers_WB[:, _GRAD_FLOWS]))
+    return Agreed(torch.from_numpy(received_WC), needed)
 
 
 @contextmanager
@@ -82,59 +88,53 @@ def telling(what: str, group: Group) -> Iterator[None]:
 
 def tell(what: str, problem: str, group: Group, cause: Exception | None = None) -> NoReturn:
     """Report a problem of this rank to all, in place of `agree`, and raise it as what it was."""
-    message_WB = _message(group, problem, 0, 0)
+    message_WB = _message(group, problem, 0)
     message_WB[:, _IS_PROBLEM] = 1
     headers_WB = _swap(what, message_WB, group)
     try:
-        _compare(what, headers_WB, group)
+        _raise_difference(what, headers_WB, group)
     except ExchangeError as error:
         kind = type(cause) if isinstance(cause, BrtError) else ExchangeError
         raise kind(str(error)) from cause
-    raise AssertionError("a problem is never agreed on")
 
 
-def _message(group: Group, text: str, grad_flows: int, num_columns: int) -> Tensor:
+def _message(group: Group, text: str, num_columns: int) -> Words:
     message_WB = np.zeros((dist.get_world_size(group), _NUM_WORDS), np.int64)
-    message_WB[:, :_COUNTS] = _header(text)
+    message_WB[:, :_OWN] = _header(text)
     message_WB[:, _NUM_COLUMNS] = num_columns
     message_WB[:, _GRAD_MODE] = torch.is_grad_enabled()
-    message_WB[:, _GRAD_FLOWS] = grad_flows
-    return torch.from_numpy(message_WB)
+    return message_WB
 
 
 @functools.lru_cache(maxsize=256)
-def _header(text: str) -> NDArray[np.int64]:
+def _header(text: str) -> Words:
     data = text.encode()
     shown = data[:_TEXT_BYTES]
-    words = np.zeros(_COUNTS, np.int64)
+    words = np.zeros(_OWN, np.int64)
     words[_MAGIC], words[_VERSION] = MAGIC, VERSION
     words[_LENGTH], words[_CHECKSUM] = len(shown), zlib.crc32(data)
     words[_TEXT:] = np.frombuffer(shown.ljust(_TEXT_BYTES, b"\0"), np.int64)
     return words
 
 
-def _swap(what: str, sent: Tensor, group: Group) -> Tensor:
+def _swap(what: str, words_WB: Words, group: Group) -> Words:
     """Row w of each rank goes to rank w."""
-    sent = sent.to(host_device(group))
+    sent = torch.from_numpy(words_WB).to(host_device(group))
     received = torch.empty_like(sent)
     with naming_failures(what, group):
         dist.all_to_all_single(received, sent, group=group)
-    return received.cpu()
+    swapped: Words = received.cpu().numpy()
+    return swapped
 
 
-def _text(header_B: Tensor) -> str:
-    data = header_B[_TEXT:_COUNTS].numpy().tobytes()[: int(header_B[_LENGTH])]
+def _text(header_B: Words) -> str:
+    data = header_B[_TEXT:_OWN].tobytes()[: int(header_B[_LENGTH])]
     return data.decode(errors="replace")
 
 
-def _compare(what: str, headers_WB: Tensor, group: Group) -> None:
+def _raise_difference(what: str, headers_WB: Words, group: Group) -> NoReturn:
     """Raise the first difference between the ranks, the same one on every rank."""
     first_B, rank = headers_WB[0], functools.partial(global_rank, group)
-    told_WB = headers_WB[:, :_COUNTS].numpy().copy()
-    told_WB[:, _GRAD_FLOWS] = 0
-    is_ours = told_WB[0, _MAGIC] == MAGIC and told_WB[0, _VERSION] == VERSION
-    if is_ours and not told_WB[0, _IS_PROBLEM] and (told_WB == told_WB[0]).all():
-        return
     for w, header_B in enumerate(headers_WB):
         if header_B[_MAGIC] != MAGIC:
             raise ExchangeError(f"{what}: what rank {rank(w)} sent is no exchange of brt_dist")
@@ -148,9 +148,10 @@ def _compare(what: str, headers_WB: Tensor, group: Group) -> None:
             raise ExchangeError(f"{what}: on rank {rank(w)}: {_text(header_B)}")
     for w, header_B in enumerate(headers_WB):
         _compare_two(what, header_B, first_B, rank(w), rank(0))
+    raise AssertionError("ranks that differ differ in something")
 
 
-def _compare_two(what: str, one_B: Tensor, first_B: Tensor, one: int, first: int) -> None:
+def _compare_two(what: str, one_B: Words, first_B: Words, one: int, first: int) -> None:
     if one_B[_CHECKSUM] != first_B[_CHECKSUM] or _text(one_B) != _text(first_B):
         raise ExchangeError(
             f"{what}: rank {one} sends {_text(one_B)}, but rank {first} {_text(first_B)}"

@@ -25,12 +25,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import brt
 from brt import plugins
+from brt_dist.nearest import nearest
 from brt_dist.parallelize import Parallelized, parallelize
 
 if TYPE_CHECKING:
@@ -133,18 +133,7 @@ def compare(shown: brt.ModelSpec) -> list[Row]:
 
 def placements(profile: brt.Profile) -> dict[str, list[int]]:
     """For each mixture, experts near to the cells of the profiles of all ranks."""
-    return {path: nearer(counts_WP) for path, counts_WP in _counts(profile).items()}
-
-
-def nearer(counts_WP: np.ndarray) -> list[int]:
-    """As many experts on each rank, so that the most rows are where their expert is."""
-    num_ranks, num_experts = counts_WP.shape
-    num_slots = -(-num_experts // num_ranks)
-    experts, slots = linear_sum_assignment(counts_WP.repeat(num_slots, 0).T, maximize=True)
-    placement = [0] * num_experts
-    for expert, slot in zip(experts.tolist(), slots.tolist(), strict=True):
-        placement[expert] = slot // num_slots
-    return placement
+    return {path: nearest(counts_WP) for path, counts_WP in _counts(profile).items()}
 
 
 def moving_rows(counts_WP: np.ndarray, rank_P: tuple[int, ...]) -> int:

@@ -5,6 +5,7 @@ Legend: W ranks of the group, G experts on a rank, R rows, S trailing dims of a 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar, overload
@@ -17,7 +18,7 @@ from brt_dist.agree import agree, telling
 from brt_dist.errors import ExchangeError
 from brt_dist.flight import Course, Journey
 from brt_dist.groups import Group, device_types, resolve
-from brt_dist.segments import Reorder
+from brt_dist.layout import Layout
 
 Rows = TypeVar("Rows", Tensor, tuple[Tensor, ...])
 Result = TypeVar("Result")
@@ -32,23 +33,23 @@ class Exchange:
         group: the ranks that took part.
         sent_WG: int64 on the host, rows of this rank for each expert of each rank.
         received_WG: int64 on the host, rows that each rank had for each expert of this one.
-        expert_major: from the order of arrival, [rank][expert], to [expert][rank].
     """
 
     group: Group
     sent_WG: Tensor
     received_WG: Tensor
-    expert_major: Reorder
 
     @property
     def load_G(self) -> Tensor:
         """Rows of each expert of this rank, int64 on the host."""
         return self.received_WG.sum(0)
 
+    @functools.cached_property
     def course(self) -> Course:
-        """Rows for, and of, each rank."""
-        send, receive = self.sent_WG.sum(1).tolist(), self.received_WG.sum(1).tolist()
-        return Course(_WHAT, self.group, send, receive)
+        """Rows that lie by rank travel, and lie by expert then."""
+        several = self.received_WG.shape[1] > 1  # else by rank is by expert, and needs no copy
+        there = Layout(self.sent_WG.numpy()), Layout(self.received_WG.numpy(), several)
+        return Course(_WHAT, self.group, *there)
 
 
 class Handle(Generic[Result]):
@@ -115,7 +116,7 @@ def exchange_counts(
     flows: Sequence[Tensor], counts: Sequence[Tensor], group: Group, note: str = ""
 ) -> tuple[list[Exchange], tuple[int, ...]]:
     """Exchanges for several ``counts_WG`` in one message, and which flows have gradients."""
-    sent_WC = torch.cat(list(counts), 1)
+    sent_WC = torch.cat(list(counts), 1) if len(counts) > 1 else counts[0]
     wishes = sum(1 << i for i, flow in enumerate(flows) if flow.requires_grad)
     agreed = agree(
         _WHAT,
@@ -125,19 +126,20 @@ def exchange_counts(
         grad_flows=wishes if torch.is_grad_enabled() else 0,
     )
     sizes = [counts_WG.shape[1] for counts_WG in counts]
+    received = agreed.received_WC.split(sizes, 1) if len(counts) > 1 else [agreed.received_WC]
     made = [
-        Exchange(group, sent_WG, received_WG, Reorder.transposing(received_WG, flows[0].device))
-        for sent_WG, received_WG in zip(counts, agreed.received_WC.split(sizes, 1), strict=True)
+        Exchange(group, sent_WG, received_WG)
+        for sent_WG, received_WG in zip(counts, received, strict=True)
     ]
     return made, tuple(i for i in range(len(flows)) if agreed.grad_flows >> i & 1)
 
 
 def start(rows: Rows, exchange: Exchange, grad_flows: Sequence[int]) -> Callable[[], Rows]:
     """Send rows on their way; what is returned waits for them."""
-    journey = Journey.start(flows_of(rows), exchange.course(), grad_flows)
+    journey = Journey.start(flows_of(rows), exchange.course, grad_flows)
 
     def finish() -> Rows:
-        landed = tuple(map(exchange.expert_major.apply, journey.land()))
+        landed = journey.land()
         return landed[0] if isinstance(rows, Tensor) else landed
 
     return finish
@@ -165,17 +167,16 @@ def reverse_all_to_all(
         ExchangeError: on this rank alone where the number of rows is another.
     """
     flows = flows_of(rows)
-    num_rows = int(exchange.received_WG.sum())
+    num_rows = exchange.course.receive.num_rows
     for flow in flows:
         if flow.ndim < 1 or flow.shape[0] != num_rows:
             raise ExchangeError(
                 f"reverse_all_to_all: the exchange gave {num_rows} rows, {list(flow.shape)} came "
                 "back"
             )
-    flows = tuple(map(exchange.expert_major.undo, flows))
     floating = [i for i, f in enumerate(flows) if f.is_floating_point() or f.is_complex()]
     grad_flows = floating if torch.is_grad_enabled() else ()
-    journey = Journey.start(flows, exchange.course().reversed(), grad_flows)
+    journey = Journey.start(flows, exchange.course.reversed(), grad_flows)
 
     def finish() -> Rows:
         landed = journey.land()

@@ -3,15 +3,19 @@
 Rows travel as bytes, so that every dtype can. Two autograd nodes stand for a journey: the one that
 starts it and the one that lands it, joined by an empty token. Their backwards start and land the
 gradients' journey the other way, so that compute overlaps there too.
+
+Legend: W ranks, G experts on a rank, S trailing dims of a row.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -19,20 +23,44 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from brt_dist.groups import Group, naming_failures
+from brt_dist.layout import Landing, Layout
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Course:
     """Rows that this rank sends to, and receives from, each rank of a group."""
 
     what: str
     group: Group
-    send: list[int]
-    receive: list[int]
+    send: Layout
+    receive: Layout
+
+    @classmethod
+    def by_rank(cls, what: str, group: Group, send: list[int], receive: list[int]) -> Course:
+        """So many rows for, and of, each rank, which lie by rank."""
+        layouts = (Layout(np.array(sizes)[:, None]) for sizes in (send, receive))
+        return cls(what, group, *layouts)
 
     def reversed(self) -> Course:
         """The way back."""
         return Course(self.what, self.group, self.receive, self.send)
+
+    @functools.cached_property
+    def rank(self) -> int:
+        """This one."""
+        return dist.get_rank(self.group)
+
+    @functools.cached_property
+    def keeps_own(self) -> bool:
+        """Whether rows of this rank for itself take no part in the exchange; each decides alone.
+
+        On the host the exchange would copy them once more. A rank between others must then copy
+        theirs, so that they lie together.
+        """
+        own = self.send.of_rank[self.rank]
+        others = sum(self.send.of_rank) + sum(self.receive.of_rank) - 2 * own
+        is_last = self.rank in (0, len(self.send.of_rank) - 1)
+        return own > 0 and self.send.is_long and (is_last or 2 * own > others)
 
 
 class Flight:
@@ -40,22 +68,52 @@ class Flight:
 
     def __init__(self, flows: Sequence[Tensor], course: Course) -> None:
         self._course = course
-        self._buffers: list[Tensor] = []
+        self._landings: list[Callable[[], Tensor]] = []
         self._works: list[dist.Work] = []
         # The backend reads these until the flight has landed
-        self._sent = [_packed(flow.detach()) for flow in flows]
-        num_received = sum(course.receive)
-        for flow in self._sent:
-            buffer = flow.new_empty((num_received, *flow.shape[1:]))
-            self._buffers.append(buffer)
-            if math.prod(flow.shape[1:]):
-                self._start(buffer, flow)
+        self._sent: list[Tensor] = []
+        for flow in flows:
+            packed = _packed(flow.detach())
+            if not math.prod(flow.shape[1:]):
+                empty = packed.new_empty((course.receive.num_rows, *flow.shape[1:]))
+                self._landings.append(functools.partial(_same, empty))
+            elif packed.device.type == "cpu" and course.keeps_own:
+                self._start_others(packed)
+            else:
+                self._start_all(packed)
 
-    def _start(self, buffer: Tensor, flow: Tensor) -> None:
-        course, (received, sent) = self._course, map(as_bytes, (buffer, flow))
+    def _start_all(self, flow: Tensor) -> None:
+        course = self._course
+        received = flow.new_empty((course.receive.num_rows, *flow.shape[1:]))
+        sent = course.send.to_rank_major(flow.device).apply(flow)
+        self._start(received, sent, course.receive.of_rank, course.send.of_rank)
+        order = course.receive.to_rank_major(flow.device)
+        self._landings.append(functools.partial(order.undo, received))
+
+    def _start_others(self, flow: Tensor) -> None:
+        """Like `_start_all`, without the rows for this rank, which go to their place at once."""
+        course, rank = self._course, self._course.rank
+        sent = course.send.of_others(flow, rank)
+        landing = Landing(course.receive, rank, flow, course.send.of_one(flow, rank))
+        sizes = [[*layout.of_rank] for layout in (course.receive, course.send)]
+        for of_rank in sizes:
+            of_rank[rank] = 0
+        self._start(landing.received, sent, *sizes)
+        self._landings.append(landing.finish)
+
+    def _start(
+        self, received: Tensor, sent: Tensor, receive: Sequence[int], send: Sequence[int]
+    ) -> None:
+        course = self._course
+        self._sent.append(sent)
         with naming_failures(course.what, course.group):
             work = dist.all_to_all_single(
-                received, sent, course.receive, course.send, group=course.group, async_op=True
+                as_bytes(received),
+                as_bytes(sent),
+                receive,
+                send,
+                group=course.group,
+                async_op=True,
             )
         assert work is not None
         self._works.append(work)
@@ -65,8 +123,9 @@ class Flight:
         with naming_failures(self._course.what, self._course.group):
             for work in self._works:
                 work.wait()
-        self._works, self._sent = [], []
-        return tuple(self._buffers)
+        landed = tuple(landing() for landing in self._landings)
+        self._works, self._sent, self._landings = [], [], []
+        return landed
 
 
 @dataclass
@@ -145,6 +204,10 @@ class _Land(Function):
         wanted = [grads[i] for i in journey.grad_flows]
         journey.back = Flight(wanted, journey.course.reversed())
         return None, torch.empty(0, device=wanted[0].device)
+
+
+def _same(rows: Tensor) -> Tensor:
+    return rows
 
 
 def _packed(rows: Tensor) -> Tensor:

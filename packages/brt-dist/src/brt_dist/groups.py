@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,9 @@ from brt_dist.errors import ExchangeError
 from brt_dist.roll_call import reason
 
 Group = dist.ProcessGroup
+
+# Asked for several times an exchange, and parsed anew by torch each time
+_DEVICE_TYPES: WeakKeyDictionary[Group, set[str]] = WeakKeyDictionary()
 
 
 def resolve(group: Group | None) -> Group:
@@ -40,7 +44,10 @@ def global_rank(group: Group, rank: int) -> int:
 
 def device_types(group: Group) -> set[str]:
     """Types of device whose tensors the group can carry."""
-    return {pair.partition(":")[0] for pair in dist.get_backend_config(group).split(",")}
+    if group not in _DEVICE_TYPES:
+        pairs = dist.get_backend_config(group).split(",")
+        _DEVICE_TYPES[group] = {pair.partition(":")[0] for pair in pairs}
+    return _DEVICE_TYPES[group]
 
 
 def host_device(group: Group) -> torch.device:

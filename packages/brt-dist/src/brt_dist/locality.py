@@ -87,7 +87,7 @@ class Assignment:
         agreed = agree(_WHAT, f"rows of {kinds}", counts_W1, self.group, grad_flows=wishes)
         received = agreed.received_WC[:, 0].tolist()
         assert sum(received) == received[come_from]
-        course = Course(_WHAT, self.group, counts_W1[:, 0].tolist(), received)
+        course = Course.by_rank(_WHAT, self.group, counts_W1[:, 0].tolist(), received)
         grads = tuple(i for i in range(len(flows)) if agreed.grad_flows >> i & 1)
         landed = Journey.start(flows, course, grads).land()
         return landed[0] if isinstance(rows, Tensor) else landed
@@ -122,9 +122,10 @@ def return_to_assigned(rows: Rows, exchange: Exchange, assignment: Assignment) -
             )
     sequence_W = torch.tensor(source_W)
     by_holder = Reorder.of(rows_WW[rank], sequence_W, flows[0].device)
-    flows = tuple(by_holder.apply(exchange.expert_major.undo(flow)) for flow in flows)
+    by_rank = exchange.course.receive.to_rank_major(flows[0].device)
+    flows = tuple(by_holder.apply(by_rank.apply(flow)) for flow in flows)
     send = rows_WW[rank][sequence_W].tolist()
-    course = Course(_WHAT, exchange.group, send, rows_WW[:, source_W[rank]].tolist())
+    course = Course.by_rank(_WHAT, exchange.group, send, rows_WW[:, source_W[rank]].tolist())
     floating = tuple(i for i, flow in enumerate(flows) if flow.is_floating_point())
     landed = Journey.start(flows, course, floating if torch.is_grad_enabled() else ()).land()
     return landed[0] if isinstance(rows, Tensor) else landed

@@ -86,6 +86,6 @@ class Padded:
         sizes = [self.num_slots * self.capacity] * dist.get_world_size(self.group)
         grad_flows = (0,) if torch.is_grad_enabled() else ()
         (landed,) = Journey.start(
-            (rows,), Course(_WHAT, self.group, sizes, sizes), grad_flows
+            (rows,), Course.by_rank(_WHAT, self.group, sizes, sizes), grad_flows
         ).land()
         return landed
