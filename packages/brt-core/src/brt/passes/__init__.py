@@ -7,6 +7,7 @@ from brt.passes.defer_operations import DeferOperations
 from brt.passes.drop_dead_paths import DropDeadPaths
 from brt.passes.fold_constants import FoldConstants
 from brt.passes.fold_permanent_paths import FoldPermanentPaths
+from brt.passes.fuse_branches import FuseBranches
 from brt.passes.fuse_conv_chains import FuseConvChains
 from brt.passes.fuse_horizontal import FuseHorizontal
 from brt.passes.fuse_vertical import FuseVertical
@@ -22,6 +23,7 @@ BUILTIN: tuple[type[Pass], ...] = (
     DropDeadPaths,
     FoldConstants,
     FoldPermanentPaths,
+    FuseBranches,
     FuseConvChains,
     FuseHorizontal,
     FuseVertical,
@@ -34,6 +36,7 @@ BUILTIN: tuple[type[Pass], ...] = (
 DEFAULT: tuple[str, ...] = (
     "fuse-conv-chains",
     "fuse-horizontal",
+    "fuse-branches",
     "defer-operations",
     "fuse-vertical",
     "batch-exits",
@@ -53,6 +56,7 @@ __all__ = [
     "DropDeadPaths",
     "FoldConstants",
     "FoldPermanentPaths",
+    "FuseBranches",
     "FuseConvChains",
     "FuseHorizontal",
     "FuseVertical",

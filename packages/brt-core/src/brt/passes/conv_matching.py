@@ -85,7 +85,7 @@ class Matcher:
                 continue
             if node.op == "get_attr":
                 continue
-            shuffle = _unflatten_shuffle(node)
+            shuffle = unflatten_shuffle(node)
             if shuffle is not None:
                 last, factor, middle = shuffle
                 skip |= middle
@@ -267,7 +267,7 @@ def _plain(node: fx.Node, position: int, name: str) -> int:
     return value
 
 
-def _unflatten_shuffle(node: fx.Node) -> tuple[fx.Node, int, set[fx.Node]] | None:
+def unflatten_shuffle(node: fx.Node) -> tuple[fx.Node, int, set[fx.Node]] | None:
     """(last node, factor, nodes after the first) where a pixel shuffle is written out as views."""
     chain = [node]
     for method in ("permute", "flatten", "flatten"):

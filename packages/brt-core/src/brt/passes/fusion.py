@@ -71,6 +71,9 @@ class FusedBranches(nn.Module, ABC):
 class Reader(ABC):
     """Reads branches one after the other; `module` makes of them what takes their place."""
 
+    scope: nn.Module
+    """What the targets of a branch's nodes are names in; set before each `read`."""
+
     @abstractmethod
     def read(
         self, graph: fx.GraphModule, entry: fx.Node, nodes: list[fx.Node], result: fx.Node
@@ -287,6 +290,7 @@ def _read(
         raise NotFusableError("its result does not depend on its rows")
     if any(node.op == "placeholder" for node in nodes):
         raise NotFusableError("it reads more than its rows")
+    reader.scope = ctx.scope
     reader.read(graph, entry, nodes, result)
     return set(nodes)
 
@@ -296,7 +300,8 @@ def read_module(reader: Reader, module: nn.Module) -> None:
     # Inside another module a layer of torch is one node; on its own it would be opened
     is_layer = type(module).__module__.startswith("torch.nn.") and not [*module.children()]
     try:
-        traced = trace(nn.Sequential(module) if is_layer else module)
+        reader.scope = nn.Sequential(module) if is_layer else module
+        traced = trace(reader.scope)
     except TraceError as error:
         raise NotFusableError(str(error)) from error
     entries = [n for n in traced.graph.nodes if n.op == "placeholder"]

@@ -83,15 +83,19 @@ def known_name(node: fx.Node) -> str:
 # What computes the same however images lie in memory, and may give them as they lay
 _ANY_LAYOUT_MODULES = (
     nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.ReLU, nn.ReLU6, nn.LeakyReLU,
-    nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.Identity,
+    nn.PReLU, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.Identity,
+    nn.PixelShuffle,
     nn.modules.dropout._DropoutNd, nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.MaxPool2d,
 )  # fmt: skip
 _ANY_LAYOUT_NAMES = (
-    "cat", "add", "iadd", "sub", "mul", "imul", "truediv", "relu", "relu_", "sigmoid", "tanh",
-    "interpolate", "conv2d", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "getitem",
+    "cat", "add", "iadd", "sub", "mul", "imul", "truediv", "relu", "relu_", "leaky_relu", "sigmoid",
+    "tanh", "unflatten", "permute", "pixel_shuffle", "interpolate", "conv2d", "max_pool2d",
+    "avg_pool2d", "adaptive_avg_pool2d", "getitem",
 )  # fmt: skip
 # What gives something else, in a layout of its own
-_LAYOUT_ENDS = ("flatten", "reshape", "mean", "sum", "amax", "amin", "softmax", "linear", "size")
+_LAYOUT_ENDS = (
+    "contiguous", "flatten", "reshape", "mean", "sum", "amax", "amin", "softmax", "linear", "size",
+)  # fmt: skip
 
 _BUILTIN = (operator.getitem, getattr, F.linear, F.gelu)
 
