@@ -128,6 +128,72 @@ def test_the_same_with_fewer_layers(name: str, dtype: torch.dtype) -> None:
         assert torch.equal(x, kept)
 
 
+class Ways(nn.Module):
+    """A residual block, and ways out of it that begin with ReLU."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.conv, self.norm = nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.nothing, self.gate = nn.Identity(), nn.Linear(3, 2)
+        self.skip = nn.Conv2d(3, 4, 1)
+        weighted = kind == "weighted"
+        self.scatter = brt.ScatterRouter(TopK(1), 2, weighted=weighted)
+        self.relu = nn.ReLU(inplace=kind == "in-place")
+        self.out = nn.Conv2d(4, 4, 1)
+        self.gather = brt.GatherRouter(weighted=not weighted)
+
+    def forward(self, x: Tensor) -> Tensor:
+        other = self.skip(x)
+        h = self.nothing(self.norm(self.conv(x)))
+        if self.kind == "to-other":
+            before = other.sum((1, 2, 3), keepdim=True)
+            other.add_(h)
+            h = other + before
+        else:
+            h = torch.add(h, other) if self.kind == "function" else other + h
+        scores = self.gate(x.mean((2, 3))).tanh()
+        flows = (h, scores) if self.kind == "flows" else h
+        (a, b), route = self.scatter(flows, scores)
+        if self.kind == "flows":
+            a, b = a[0] * a[1].sum(), b[0]
+        a = a if self.kind in ("bare", "flows") else self.relu(a)
+        return self.gather([a, self.out(b.relu())], route)
+
+
+# (of a layer, of a scatter): whether it adds to its result, and comes behind a ReLU
+WAYS = {
+    "plain": (True, True), "function": (True, True), "in-place": (True, True),
+    "weighted": (True, False), "bare": (True, False), "flows": (True, False),
+    "to-other": (False, True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", WAYS)
+def test_sums_and_relu_in_the_result(kind: str, dtype: torch.dtype) -> None:
+    model = randomised(Ways(kind)).eval().to(dtype)
+    nn.init.constant_(model.gate.bias, -3)  # weights are negative
+    fast = optimised(model, torch.randn(5, 3, 6, 6, dtype=dtype))
+    notes = " ".join(fast.report.regions[0].records[0].notes)
+    assert ("add to their result" in notes, "behind the ReLU" in notes) == WAYS[kind]
+    for num_cells in (0, 1, 7):
+        x = torch.randn(num_cells, 3, 6, 6, dtype=dtype)
+        with torch.no_grad():
+            came, wanted = fast(x), model(x)
+        factor = 1 if dtype == torch.float32 else 3000
+        torch.testing.assert_close(came, wanted, rtol=1e-4 * factor, atol=1e-5 * factor)
+    if kind == "in-place":
+        return  # autograd takes no write to the rows of one path
+    grads = []
+    for module in (fast, model):
+        model.zero_grad()
+        module(torch.ones(2, 3, 6, 6, dtype=dtype)).square().sum().backward()
+        grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4 * factor, atol=1e-4 * factor)
+
+
 def test_linear_layers() -> None:
     class Flat(nn.Module):
         def __init__(self) -> None:

@@ -19,8 +19,7 @@ from brt.passes.folding import LAYERS, can_fold, is_hooked
 from brt.passes.match import argument, module_of
 from brt.passes.memory import layout_is_free
 from brt.passes.packed_conv import ConvCall, can_pack
-
-_RELU = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
+from brt.passes.vertical import add_to_results, is_relu, only_user, relu_first
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,7 @@ class FuseVertical(Pass):
 
     def run(self, graph: fx.GraphModule, ctx: Context) -> bool:
         """Replace layer, norm and ReLU, wherever they follow each other."""
+        num_moved = relu_first(graph, ctx)
         found: list[Folded] = []
         for node in list(graph.graph.nodes):
             module = module_of(node, ctx.scope)
@@ -47,17 +47,23 @@ class FuseVertical(Pass):
             elif node.target in (torch.conv2d, F.conv2d):
                 call = ConvCall.of(node, ctx.scope)
                 found += [] if call is None else _fuse_nodes(graph, ctx, node, call)
+        num_added = add_to_results(graph, ctx)
         for node in graph.graph.nodes:
             module = module_of(node, ctx.scope)
             if isinstance(module, FoldedLayers):
                 module.keeps_layout = layout_is_free(node, ctx.scope)
         num_norms = sum(part.norm is not None for part in found)
-        if num_norms:
-            ctx.note(f"{num_norms} batch norms are part of the layers before them")
         num_packed = sum(can_pack(part.layer) for part in found)
-        if num_packed:
-            ctx.note(f"{num_packed} convolutions keep their weights in oneDNN's layout")
-        return bool(found)
+        done = {
+            "batch norms are part of the layers before them": num_norms,
+            "convolutions keep their weights in oneDNN's layout": num_packed,
+            "scatters come behind the ReLU that their paths began with": num_moved,
+            "layers add to their result what was added to it": num_added,
+        }
+        for what, num in done.items():
+            if num:
+                ctx.note(f"{num} {what}")
+        return bool(found) or num_moved > 0
 
     def tolerance(self, dtype: torch.dtype) -> tuple[float, float]:
         """Folding rounds a product of scale and weight: ten times a pass that reorders sums."""
@@ -77,7 +83,7 @@ def _fuse_sequential(
 
 def _fuse_nodes(graph: fx.GraphModule, ctx: Context, node: fx.Node, layer: Any) -> list[Folded]:
     gone: list[fx.Node] = []
-    follower = _only_user(node)
+    follower = only_user(node)
     norm = None if follower is None else module_of(follower, ctx.scope)
     if follower is not None and norm is not None and can_fold(layer, norm):
         gone.append(follower)
@@ -85,8 +91,8 @@ def _fuse_nodes(graph: fx.GraphModule, ctx: Context, node: fx.Node, layer: Any) 
         norm = None
     else:
         return []
-    relu = _only_user([node, *gone][-1])
-    if relu is not None and (relu.target in _RELU or type(module_of(relu, ctx.scope)) is nn.ReLU):
+    relu = only_user([node, *gone][-1])
+    if relu is not None and is_relu(relu, ctx.scope):
         gone.append(relu)
     part = Folded(layer, norm, relu in gone)
     target = ctx.insert(graph, FoldedLayers([part]), "folded_layers")
@@ -96,14 +102,6 @@ def _fuse_nodes(graph: fx.GraphModule, ctx: Context, node: fx.Node, layer: Any) 
     for one in reversed([node, *gone]):
         graph.graph.erase_node(one)
     return [part]
-
-
-def _only_user(node: fx.Node) -> fx.Node | None:
-    """The node that reads another's result, where it is one and reads nothing else."""
-    users = list(node.users)
-    if len(users) != 1 or users[0].all_input_nodes != [node]:
-        return None
-    return users[0] if users[0].args[:1] == (node,) else None
 
 
 def _flat(module: nn.Sequential) -> Iterator[nn.Module]:
