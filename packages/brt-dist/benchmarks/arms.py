@@ -3,15 +3,19 @@
 All arms of a workload run in one process group, in rounds whose order rotates. The time of an arm
 in a round is that of its slowest rank. Outcomes are compared with a reference on every rank.
 Results are those of `brt.bench`: the same table, the same JSON, the same marks where other
-processes took the cores. Gloo on the CPUs of one host; each rank has one thread.
+processes took the cores. Gloo on the CPUs of one host; each rank has one thread. With ``--mbit``,
+as root, ranks talk over a link of that rate, in a network namespace: what travels then waits for a
+wire and not for cores, as between hosts.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import math
 import multiprocessing
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -38,6 +42,7 @@ from brt.bench.workload import Kind
 SHORTEST_S = 5e-3
 """Shorter calls are timed several at a time."""
 LOWEST_PROBE, FOREIGN_CORES, MOST_ROUNDS, FEWEST_ROUNDS = 0.85, 0.25, 30, 5
+_NEW_NETWORK = 0x40000000  # CLONE_NEWNET
 _CONTEXT = multiprocessing.get_context("forkserver")
 
 
@@ -229,13 +234,15 @@ def run(
     parser.add_argument("--ranks", type=int, nargs="+", default=[2], help="in turn")
     parser.add_argument("--json", type=Path, help="where to write what was measured")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each table, about")
+    parser.add_argument("--mbit", type=int, help="a second that all ranks share; needs root")
     options = parser.parse_args(args)
     results = []
-    for num_ranks in options.ranks:
-        for result in on_ranks(num_ranks, partial(bench, options)):
-            results.append(result)
-            sys.stdout.write(f"{result}\n\n")
-            sys.stdout.flush()
+    with _link(options.mbit) as network:
+        for num_ranks in options.ranks:
+            for result in on_ranks(num_ranks, partial(bench, options), network):
+                results.append(result)
+                sys.stdout.write(f"{result}\n\n")
+                sys.stdout.flush()
     if options.json is not None:
         save(results, options.json)
     if any(result.failed for result in results):
@@ -243,11 +250,43 @@ def run(
     return results
 
 
-def on_ranks(num_ranks: int, function: Callable[[], Any]) -> Any:
+@contextmanager
+def _link(mbit: int | None) -> Iterator[str | None]:
+    """A network namespace whose loopback has this rate; None: that of this process, as it is."""
+    if mbit is None:
+        yield None
+        return
+    name = f"brt-link-{os.getpid()}"
+    rate = "root", "tbf", "rate", f"{mbit}mbit", "burst", "256kb", "limit", "256mb"
+    _command("ip", "netns", "add", name)
+    try:
+        _command("ip", "-n", name, "link", "set", "lo", "up")
+        _command("tc", "-n", name, "qdisc", "add", "dev", "lo", *rate)
+        yield name
+    finally:
+        _command("ip", "netns", "delete", name)
+
+
+def _command(*words: str) -> None:
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{' '.join(words)}: {done.stderr.strip()} (--mbit needs root, ip and tc)")
+
+
+def _enter(network: str) -> None:
+    with open(f"/var/run/netns/{network}") as namespace:
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.setns(namespace.fileno(), _NEW_NETWORK):
+            raise OSError(ctypes.get_errno(), f"setns {network}")
+
+
+def on_ranks(num_ranks: int, function: Callable[[], Any], network: str | None = None) -> Any:
     """What a function gives on rank 0; every rank calls it."""
     _CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "brt_dist", "brt.bench"])
-    with tempfile.TemporaryDirectory() as folder, _started(num_ranks, folder, function) as pipes:
-        found = [_received(pipe) for pipe in pipes]
+    with tempfile.TemporaryDirectory() as folder:
+        place = str(Path(folder) / "store"), network
+        with _started(num_ranks, place, function) as pipes:
+            found = [_received(pipe) for pipe in pipes]
     for rank, (is_good, what) in enumerate(found):
         if not is_good:
             sys.exit(f"rank {rank}: {what}")
@@ -262,12 +301,14 @@ def _received(pipe: Connection) -> tuple[bool, Any]:
 
 
 @contextmanager
-def _started(num_ranks: int, folder: str, function: Callable[[], Any]) -> Iterator[Any]:
+def _started(
+    num_ranks: int, place: tuple[str, str | None], function: Callable[[], Any]
+) -> Iterator[Any]:
     pipes, processes = [], []
     for rank in range(num_ranks):
         ours, theirs = _CONTEXT.Pipe()
         process = _CONTEXT.Process(
-            target=_serve, args=(rank, num_ranks, folder, theirs, function), daemon=True
+            target=_serve, args=(rank, num_ranks, *place, theirs, function), daemon=True
         )
         process.start()
         theirs.close()
@@ -279,11 +320,18 @@ def _started(num_ranks: int, folder: str, function: Callable[[], Any]) -> Iterat
 
 
 def _serve(
-    rank: int, num_ranks: int, folder: str, pipe: Connection, function: Callable[[], Any]
+    rank: int,
+    num_ranks: int,
+    path: str,
+    network: str | None,
+    pipe: Connection,
+    function: Callable[[], Any],
 ) -> None:
+    if network is not None:
+        _enter(network)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # The ranks are all here
     torch.set_num_threads(1)
-    store = dist.FileStore(str(Path(folder) / "store"), num_ranks)
+    store = dist.FileStore(path, num_ranks)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks)
     try:
         with kept_memory():
