@@ -33,6 +33,7 @@ from brt.passes.match import (
     scatters,
 )
 from brt.passes.memory import layout_is_free, may_share, written_after
+from brt.passes.one_cell import is_one_cell, no_rows, one_cell_route, row_sum
 from brt.passes.verify import training
 from brt.route import Route
 from brt.routers import GatherRouter, ScatterRouter
@@ -225,7 +226,9 @@ class ExitScatter(nn.Module):
         if torch.compiler.is_compiling() or torch.is_grad_enabled():
             return router(x, scores, cells)
         flows = (x,) if isinstance(x, Tensor) else tuple(x)
-        route = router._decide(flows, scores, cells).with_sizes()
+        route = one_cell_route(router, flows, scores, cells)
+        if route is None:
+            route = router._decide(flows, scores, cells).with_sizes()
         assert route.sizes is not None
         paths, first = [], 0
         for p, size in enumerate(route.sizes):
@@ -282,47 +285,18 @@ class ExitGather(nn.Module):
         """Rows and where they belong -> cells, or (cells' rows, `Cells`) with result "union"."""
         router = self.router
         is_plain = not (torch.compiler.is_compiling() or torch.is_grad_enabled())
-        if not is_plain or residual is not None or not _is_one_cell(rows, where, router):
+        if not is_plain or residual is not None or not is_one_cell(rows, where, router):
             return router(rows, where, *(() if residual is None else (residual,)))
         there = [(r, c) for r, c in zip(rows, where, strict=True) if r.shape[0]]
         if not there:
-            return router(rows, where)
-        out = self._sum(there, router.weighted)
+            return no_rows(rows[0], where[0], router)
+        out = row_sum(there, router.weighted, may_lend=self.is_lent)
         if not self.is_free:
             out = out.contiguous()
         if router.result == "all":
             return out
         return out, Cells(where[0].root, there[0][1].index_R(out.device))
 
-    def _sum(self, there: list[tuple[Tensor, Cells]], is_weighted: bool) -> Tensor:
-        dtype = there[0][0].dtype
-        wide = torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype
-        total: Tensor | None = None
-        for part, cells in there:
-            part = part.to(wide)
-            if is_weighted and cells.weight_R is not None:
-                part = part * cells.weight_R.to(wide).view(-1, *([1] * (part.ndim - 1)))
-            total = part if total is None else total + part
-        assert total is not None
-        total = total.to(dtype)
-        is_new = total is not there[0][0]
-        return total if is_new or self.is_lent else total.clone()
-
     def extra_repr(self) -> str:
         """The gather behind it."""
         return f"several cells: {self.router_target}"
-
-
-def _is_one_cell(rows: Sequence[Any], where: Sequence[Cells], router: GatherRouter) -> bool:
-    """Whether all rows are of one cell, and plain enough to be added up; else the router judges."""
-    if len(rows) != len(where) or not all(type(r) is Tensor for r in rows):
-        return False
-    first, root = rows[0], where[0].root
-    return root.num_cells == 1 and all(
-        (c.root is root or c.root == root)
-        and r.shape[0] == c.num_rows
-        and r.shape[1:] == first.shape[1:]
-        and r.dtype == first.dtype
-        and not (router.weighted and c.weighted and c.weight_R is not None)
-        for r, c in zip(rows, where, strict=True)
-    )
