@@ -7,6 +7,7 @@ import copy
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import brt
-from brt.passes import buckets, captured, conditional
+from brt.decision import Decision
+from brt.passes import buckets, captured, conditional, exit_batches
 from brt.passes.capture import Capture
 from brt.passes.captured import Captured, CapturedRegion
 from brt.passes.fusion import Fusion
@@ -394,12 +396,18 @@ class _Stream:
         pass
 
 
-def test_one_cell_goes_through_nested_bodies(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def bodies(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Conditional nodes without a device; returns the flags that they begin with, and the ends."""
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: _Stream())
     monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
     log: list[Any] = []
     begin_end = lambda flag, _: log.append(bool(flag)), lambda _: log.append("end")
     monkeypatch.setattr(conditional, "_makers", {"here": begin_end})
+    return log
+
+
+def test_one_cell_goes_through_nested_bodies(bodies: list[Any]) -> None:
     model = Exits().eval()
     one = conditional.OneCell(brt.trace(model).graph, model)
     streams = [_Stream()] * one.num_levels
@@ -407,14 +415,148 @@ def test_one_cell_goes_through_nested_bodies(monkeypatch: pytest.MonkeyPatch) ->
         for exit_idx, flags in enumerate(([False], [True, False], [True, True])):
             x = sure_at(exit_idx)
             like = one.straight([x], streams)
-            log.clear()
+            bodies.clear()
             out = one.captured([x], streams, like)
-            assert log[: len(flags)] == flags
-            assert log[-2:] == ["end", "end"]  # the second body is inside the first
+            assert bodies[: len(flags)] == flags
+            assert bodies[-2:] == ["end", "end"]  # the second body is inside the first
             if exit_idx == 2:  # without a device every body runs
                 torch.testing.assert_close(out, model(x))
         with pytest.raises(conditional.CannotCaptureError, match="has 2 cells"):
             one.straight([torch.randn(2, DIM)], streams)
+
+
+@dataclass(frozen=True)
+class Some(BinaryThreshold):
+    """Some cells take no path."""
+
+    def decide(self, scores: Tensor, num_paths: int) -> Decision:
+        decision = super().decide(scores, num_paths)
+        assert decision.choice_NK is not None
+        none_N1 = scores[:, :1] > 0.7
+        return replace(decision, choice_NK=decision.choice_NK.masked_fill(none_N1, -1))
+
+
+class Tree(nn.Module):
+    """Two scatters, one behind each path of the first, and all four paths end in one gather."""
+
+    def __init__(
+        self,
+        gathers: str = "abcd",
+        inner: Callable[[Tensor], Tensor] = torch.tanh,
+        protocol: type[BinaryThreshold] = BinaryThreshold,
+    ) -> None:
+        super().__init__()
+        self.routers = nn.ModuleList(
+            brt.ScatterRouter(protocol(level), 2) for level in (0.5, 0.6, 0.4)
+        )
+        self.layers = nn.ModuleList(nn.Linear(DIM, DIM) for _ in range(3))
+        self.gather = brt.GatherRouter(weighted=False)
+        self.gathers, self.inner = gathers, inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, grid = brt.annotate(x, 0)
+        (left, right), route = self.routers[0](x, x[:, :2].softmax(1), grid.cells)
+        left, right = self.layers[0](left), self.inner(self.layers[1](right))
+        (a, b), of_left = self.routers[1](left, left[:, 2:4].softmax(1), route[0])
+        (c, d), of_right = self.routers[2](right, right[:, 2:4].softmax(1), route[1])
+        found = {"a": (a, of_left[0]), "b": (self.layers[2](b), of_left[1])}
+        found |= {"c": (c * 2, of_right[0]), "d": (d, of_right[1])}
+        chosen = [found[name] for name in self.gathers]
+        return self.gather([rows for rows, _ in chosen], [cells for _, cells in chosen]) + x
+
+
+@pytest.mark.parametrize(
+    "model", [Exits(), Tree(), Tree(protocol=Some)], ids=["exits", "tree", "some"]
+)
+def test_several_cells_go_on_in_front(
+    model: nn.Module, bodies: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model.eval()
+    form = exit_batches.Batches(brt.trace(model).graph, model)
+    streams, ran = [_Stream()] * form.num_levels, []
+    block, loads = exit_batches._Run._block, {}
+    for name, router in model.named_modules():
+        if isinstance(router, brt.ScatterRouter):
+            router.register_observer(
+                lambda _, route, scores, name=name: loads.update({name: route.load_P.tolist()})
+            )
+
+    def recorded(run: Any, chain: Any, size: int) -> None:
+        rows = [run.memory[chain, i][:size] for i in form._flows[chain]]
+        count = int(run.memory[chain, "count"])
+        scatter, path = chain[-1]
+        assert count == loads[scatter.target][path]
+        ran.append((len(chain), size, count))
+        for row in rows:  # and what fills them up is one of them
+            assert torch.equal(row[count:], row[:1].expand_as(row[count:]))
+        block(run, chain, size)
+
+    with torch.no_grad():
+        for num_cells in (2, 3, 9):
+            like = form.straight([torch.randn(num_cells, DIM)], streams)
+            batches = [2 * torch.randn(num_cells, DIM) for _ in range(12)]
+            batches += [x[:1].expand_as(x).contiguous() for x in batches[:4]]
+            with monkeypatch.context() as patch:
+                # A device runs a body where its flag is set
+                patch.setattr(
+                    exit_batches._Run, "_if", lambda _, level, flag, then: flag and then()
+                )
+                patch.setattr(exit_batches._Run, "_block", recorded)
+                for x in batches:
+                    wanted = model(x)
+                    torch.testing.assert_close(form.captured([x], streams, like), wanted)
+            bodies.clear()
+            form.captured([batches[0]], streams, like)  # what a capture would see
+            assert bodies.count("end") == len(bodies) / 2
+    assert {size for _, size, _ in ran} >= {1, 2, 3, 5, 9}
+    assert all(size // 2 < count <= size for _, size, count in ran)
+    assert exit_batches.sizes_of(9) == (1, 2, 3, 5, 9)
+
+
+def test_what_several_cells_cannot_go_through() -> None:
+    for model, why in (
+        (Tree("abc"), "no row of a cell"),
+        (Tree("abcdd"), "or several"),
+        (Tree(inner=lambda b: b[:1] + b), None),
+    ):
+        graph = brt.trace(model.eval()).graph
+        if why is None:  # the form fits: it is the proof that it has not
+            exit_batches.Batches(graph, model)
+            continue
+        with pytest.raises(brt.PassError, match=why):
+            exit_batches.Batches(graph, model)
+
+    class Swapped(Tree):
+        def forward(self, x: Tensor) -> Tensor:
+            (left, right), route = self.routers[0](x, x[:, :2].softmax(1))
+            return self.gather([right, left], [route[0], route[1]])
+
+    class Across(Tree):
+        def forward(self, x: Tensor) -> Tensor:
+            (left, right), route = self.routers[0](x, x[:, :2].softmax(1))
+            return self.gather([left * x.amax(), right], route)
+
+    for other, why in ((Swapped(), "rows of other cells"), (Across(), "of other cells")):
+        with pytest.raises(brt.PassError, match=why):
+            exit_batches.Batches(brt.trace(other.eval()).graph, other)
+
+
+@pytest.mark.parametrize(
+    ("inner", "why"), [(torch.tanh, None), (lambda b: b - b.mean(0), "reduces over cells")]
+)
+def test_exits_are_captured_for_several_cells_where_each_is_by_itself(
+    without_device: list[list[Any]], inner: Callable[[Tensor], Tensor], why: str | None
+) -> None:
+    model = Tree(inner=inner).eval()
+    x = torch.randn(6, DIM)
+    for sample, reason in ((x, why), (None, "shapes are needed")):
+        region = captured_of(fast := brt.optimize(model, passes=[Capture()], sample=sample))
+        assert (region._batches is None) == (reason is not None)
+        assert reason is None or reason in str(fast.report)
+    fast = brt.optimize(model, passes=[Capture(batches=False)], sample=x)
+    assert captured_of(fast)._batches is None
+    with torch.no_grad():  # nobody makes conditional nodes here
+        torch.testing.assert_close(fast(x), model(x))
 
 
 def test_one_cell_is_copied_with_its_model() -> None:

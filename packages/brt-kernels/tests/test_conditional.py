@@ -103,3 +103,32 @@ def test_exits_of_one_cell_are_conditional_nodes() -> None:
             model.heads[0].weight.mul_(1.0)
             torch.testing.assert_close(fast(cells[2]), wanted[2], rtol=1e-4, atol=1e-4)
     assert region.replays == 19
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+def test_several_cells_go_through_exits_without_waiting() -> None:
+    model = Exits().eval().cuda()
+    batches = [2 * torch.randn(12, DIM, device="cuda") for _ in range(4)]
+    # All leave at one exit, or none stays apart from one
+    batches += [sure_at(i, "cuda").repeat(12, 1) for i in (0, 1, 2)]
+    batches.append(torch.cat([sure_at(0, "cuda").repeat(11, 1), sure_at(2, "cuda")]))
+    fast = brt.optimize(model, passes=["capture"], sample=batches[0], verify=False)
+    (region,) = (m for m in fast.inserted.values() if isinstance(m, CapturedRegion))
+    with torch.no_grad():
+        wanted = [model(x) for x in batches]
+        fast(batches[0])
+        assert region.replays == 1, str(fast.report)
+        torch.cuda.synchronize()
+        try:
+            torch.cuda.set_sync_debug_mode("error")
+            found = [fast(x) for x in batches]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        for came, right in zip(found, wanted, strict=True):
+            torch.testing.assert_close(came, right, rtol=1e-4, atol=1e-4)
+        assert region.replays == 1 + len(batches)
+        for num_cells in (2, 5, 1):
+            x = batches[0][:num_cells]
+            torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-4)
+    assert region.replays == 4 + len(batches)
+    assert len(region._graphs) == 4

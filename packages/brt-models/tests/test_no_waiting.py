@@ -50,9 +50,11 @@ def no_waiting() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def check(model: nn.Module, inputs: list[Tensor], *passes: str, **close: float) -> None:
+def check(
+    model: nn.Module, inputs: list[Tensor], *passes: str, sample: Any = None, **close: float
+) -> None:
     """Every call of the captured region is a replay, right, and without waiting."""
-    fast = brt.optimize(model, passes=[*passes, "capture"])
+    fast = brt.optimize(model, passes=[*passes, "capture"], sample=sample, verify=False)
     (region,) = (m for m in fast.inserted.values() if isinstance(m, CapturedRegion))
     wanted: list[Any] = [model(x) for x in inputs]
     fast(inputs[0])
@@ -81,9 +83,21 @@ def test_patch_network_with_conv_chains() -> None:
 
 
 def test_exits_of_single_images() -> None:
-    model: MSDNet = small().cuda()
-    images = list(torch.randn(12, 1, 3, 32, 32, device="cuda"))
-    model.set_thresholds(thresholds_for_shares([40.0, 30.0, 30.0], exits_of(model, images)))
+    model, images = with_exits()
     came_to = {len(model.with_exits(x)[1]) for x in images}
     assert len(came_to) > 1
     check(model, images, rtol=1e-3, atol=1e-3)
+
+
+def test_exits_of_batches() -> None:
+    model, images = with_exits()
+    batches = [torch.cat(images), torch.cat(images[::-1]), images[0].repeat(12, 1, 1, 1)]
+    check(model, batches, sample=batches[0], rtol=1e-3, atol=1e-3)
+
+
+def with_exits() -> tuple[MSDNet, list[Tensor]]:
+    """A network, and 12 images that leave at all of its exits."""
+    model = small().cuda()
+    images = list(torch.randn(12, 1, 3, 32, 32, device="cuda"))
+    model.set_thresholds(thresholds_for_shares([40.0, 30.0, 30.0], exits_of(model, images)))
+    return model, images

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from brt.errors import TraceError
 from brt.graph import trace
 from brt.passes.base import Context
 from brt.passes.match import scatters
+
+if TYPE_CHECKING:
+    from brt.profile import Profile
 
 MOST_NODES = 1500
 """Larger regions keep exact shapes: following rows takes some 10 ms a node."""
@@ -77,11 +80,14 @@ def sizes_for(wanted: str | tuple[int, ...] | None, ctx: Context) -> tuple[int, 
         ctx.leave("other numbers of rows", "no profile says which there are")
         return ()
     try:
-        seen = _seen(ctx)
+        cells_per_row = require_rows_apart(ctx)
     except (RowsTogetherError, TraceError) as error:
         ctx.leave("other numbers of rows", f"padding might change results: {error}")
         return ()
-    sizes = choose(seen) if isinstance(wanted, str) else tuple(sorted(wanted))
+    if isinstance(wanted, str):
+        sizes = choose(_seen(ctx.profile, cells_per_row))
+    else:
+        sizes = tuple(sorted(set(wanted)))
     if sizes:
         ctx.note(
             "each row is computed by itself: calls are padded to the next of "
@@ -90,23 +96,31 @@ def sizes_for(wanted: str | tuple[int, ...] | None, ctx: Context) -> tuple[int, 
     return sizes
 
 
-def _seen(ctx: Context) -> list[int]:
-    """How many rows each call had in the profile. Raises where rows are not kept apart."""
-    if not ctx.sample:
-        raise RowsTogetherError("shapes are needed to tell: brt.optimize(..., sample=batch)")
-    batch = ctx.sample[0].batch_for(ctx.scope)
+def require_rows_apart(ctx: Context) -> dict[str, int]:
+    """How many cells each row is, by the key in a profile of each scatter that takes all rows.
+
+    Raises where it cannot be shown that rows are kept apart.
+    """
+    batch = ctx.sample[0].batch_for(ctx.scope) if ctx.sample else None
     if batch is None:
-        raise RowsTogetherError("its arguments cannot be named")
+        raise RowsTogetherError("shapes are needed to tell: brt.optimize(..., sample=batch)")
     graph = trace(ctx.scope, batch)
     if len(graph.graph.nodes) > MOST_NODES:
         raise RowsTogetherError(f"more than {MOST_NODES} nodes would have to be followed")
     cells_per_row = rows_apart(graph, batch)
-    for found in scatters(graph.graph, ctx.scope):
-        if ctx.profile is not None and found.node in cells_per_row:
-            router = ctx.profile.routers.get(f"{found.target}#{found.call}")
-            if router is not None:
-                each = cells_per_row[found.node]
-                return [cells // each for cells in router.cells_F.tolist() if cells % each == 0]
+    return {
+        f"{found.target}#{found.call}": cells_per_row[found.node]
+        for found in scatters(graph.graph, ctx.scope)
+        if found.node in cells_per_row
+    }
+
+
+def _seen(profile: Profile | None, cells_per_row: Mapping[str, int]) -> list[int]:
+    """How many rows each call had in the profile."""
+    for key, each in cells_per_row.items():
+        router = None if profile is None else profile.routers.get(key)
+        if router is not None:
+            return [cells // each for cells in router.cells_F.tolist() if cells % each == 0]
     return []
 
 

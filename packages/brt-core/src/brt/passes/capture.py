@@ -7,13 +7,15 @@ from typing import ClassVar, Literal
 
 from torch import fx, nn
 
-from brt.errors import PassError
+from brt.cellflow.whole import RowsTogetherError
+from brt.errors import PassError, TraceError
 from brt.grouped import each
 from brt.guard import Guarded
 from brt.passes.base import Context, Lowering, Pass
-from brt.passes.buckets import sizes_for
+from brt.passes.buckets import require_rows_apart, sizes_for
 from brt.passes.captured import CapturedRegion
 from brt.passes.conditional import OneCell
+from brt.passes.exit_batches import Batches
 from brt.passes.match import draws_random, module_of, router_of, writes
 from brt.routers import EarlyExit, GatherRouter, LoopRouter, ScatterRouter
 
@@ -31,15 +33,17 @@ class Capture(Pass):
     graph's memory, so that they do not alias. Where gradients are needed, under a compiler, in
     other captures, for no rows, and while its routers are observed the region runs as it is.
 
-    A region with exits (scatters of two paths) is captured for one cell, where what is behind an
-    exit is a conditional node of the graph; with other numbers of cells it runs as it is.
+    In a region with exits (scatters of two paths) what is behind an exit is a conditional node of
+    the graph. Several cells go on together, in front, by the smallest of some sizes that holds
+    them; where it cannot be shown that each is computed by itself, they run as the region is.
 
     Args:
         most_shapes: graphs that are kept; the one used longest ago makes room.
         warm_ups: runs before a capture, in which kernels are chosen and memory is found.
         buckets: numbers of rows (of the first dim of the inputs) that have a graph; "profile"
             takes them from the calls that the profile saw. More rows than the last one, and None:
-            a graph for each number.
+            a graph for each number. Not for regions with exits.
+        batches: whether regions with exits are captured for several cells too.
     """
 
     name: ClassVar[str] = "capture"
@@ -53,6 +57,7 @@ class Capture(Pass):
     most_shapes: int = 16
     warm_ups: int = 2
     buckets: Literal["profile"] | tuple[int, ...] | None = "profile"
+    batches: bool = True
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -99,12 +104,15 @@ class Capture(Pass):
         inner = fx.Graph()
         copied: dict[fx.Node, fx.Node] = {}
         inner.output(inner.graph_copy(graph.graph, copied))
-        one_cell = None
+        one_cell, batches = None, None
+        sizes: tuple[int, ...] = ()
         if any(_reads_device(node, ctx.scope) is not None for node in graph.graph.nodes):
             one_cell = OneCell(inner, ctx.scope)
-        sizes = () if one_cell is not None else sizes_for(self.buckets, ctx)
+            batches = _batches(inner, ctx) if self.batches else None
+        else:
+            sizes = sizes_for(self.buckets, ctx)
         captured = CapturedRegion(
-            ctx.scope, inner, self.most_shapes, self.warm_ups, one_cell, sizes
+            ctx.scope, inner, self.most_shapes, self.warm_ups, one_cell, batches, sizes
         )
         name = ctx.insert(graph, captured, "captured_region")
         inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
@@ -116,12 +124,23 @@ class Capture(Pass):
         for node in reversed(list(graph.graph.nodes)):
             if node.op not in ("placeholder", "output") and node not in (whole, *_checks(graph)):
                 graph.graph.erase_node(node)
-        form = "" if one_cell is None else " of one cell, with a conditional node at each exit"
+        form = "" if one_cell is None else ", with conditional nodes at each exit"
+        form += "" if one_cell is None or batches is not None else ", of one cell"
         ctx.note(
             f"{len(inner.nodes)} nodes are one CUDA graph for each of {self.most_shapes} shapes"
             f"{form}"
         )
         return True
+
+
+def _batches(graph: fx.Graph, ctx: Context) -> Batches | None:
+    """How a region with exits is captured for several cells; None where these run as they are."""
+    try:
+        require_rows_apart(ctx)
+        return Batches(graph, ctx.scope)
+    except (RowsTogetherError, TraceError, PassError) as error:
+        ctx.leave("several cells", f"padding them might change results: {error}")
+        return None
 
 
 def _checks(graph: fx.GraphModule) -> list[fx.Node]:

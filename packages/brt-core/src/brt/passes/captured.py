@@ -16,19 +16,24 @@ from torch import Tensor, fx, nn
 from brt.errors import PluginWarning
 from brt.guard import compiled
 from brt.passes import buckets
-from brt.passes.conditional import CannotCaptureError, OneCell, can_capture, different_streams
+from brt.passes.conditional import OneCell, can_capture, different_streams
 from brt.passes.derived import Slots, state_of
+from brt.passes.exit_batches import Batches
+from brt.passes.exit_region import CannotCaptureError
 from brt.routers import Router
 
 
 @dataclass(frozen=True, eq=False)
 class Captured:
-    """A graph, the memory that it reads its inputs from, and that in which it leaves its result."""
+    """A graph, the memory that it reads its inputs from, and that in which it leaves its result.
+
+    ``kept`` is what else it reads and writes.
+    """
 
     graph: Any
     inputs: list[Any]
     output: Any
-    pool: Any = None
+    kept: Any = None
 
 
 class CapturedRegion(nn.Module):
@@ -38,6 +43,8 @@ class CapturedRegion(nn.Module):
     captured anew.
 
     Args:
+        one_cell: for a region with exits, how it is captured for a call of one cell.
+        batches: and for several; None where these run as they are.
         sizes: numbers of rows that calls are padded to; rows must be computed by themselves.
     """
 
@@ -48,10 +55,11 @@ class CapturedRegion(nn.Module):
         most_shapes: int,
         warm_ups: int,
         one_cell: OneCell | None = None,
+        batches: Batches | None = None,
         sizes: tuple[int, ...] = (),
     ) -> None:
         super().__init__()
-        self._one_cell = one_cell
+        self._one_cell, self._batches = one_cell, batches
         self.sizes = sizes
         self.calls = frozenset(str(n.target) for n in graph.nodes if n.op == "call_module")
         self.replays = 0
@@ -147,7 +155,8 @@ class CapturedRegion(nn.Module):
         buckets.fill(rooms, inputs)
         try:
             if self._one_cell is not None:
-                return self._capture_exits(self._one_cell, rooms)
+                batches = None if buckets.rows_of(inputs) == 1 else self._batches
+                return self._capture_exits(batches or self._one_cell, rooms)
             return record(lambda *given: self._run(self._scope[0], *given), rooms, self._warm_ups)
         except CannotRecordError as error:
             reason = str(error.__cause__).strip().partition("\n")[0]
@@ -158,27 +167,27 @@ class CapturedRegion(nn.Module):
             )
             return None
 
-    def _capture_exits(self, one_cell: OneCell, rooms: list[Any]) -> Captured | None:
-        """The same with a conditional node at each exit; None for more than one cell."""
+    def _capture_exits(self, exits: OneCell | Batches, rooms: list[Any]) -> Captured | None:
+        """The same with conditional nodes at each exit; None for numbers of cells without."""
         self._run(self._scope[0], *rooms)  # which loads the packages of kernels
         if not can_capture():
             return None
-        around, *streams = different_streams(one_cell.num_levels + 1)
+        around, *streams = different_streams(exits.num_levels + 1)
         # What is made in the body of a node is in no pool of the graph
         graph, pool = torch.cuda.CUDAGraph(), torch.cuda.MemPool()
         around.wait_stream(torch.cuda.current_stream())
         try:
             with torch.cuda.stream(around):
                 for _ in range(self._warm_ups):
-                    like = one_cell.straight(rooms, streams)
+                    like: Any = exits.straight(rooms, streams)
             torch.cuda.current_stream().wait_stream(around)
             with torch.cuda.graph(graph, stream=around), torch.cuda.use_mem_pool(pool):
-                output = one_cell.captured(rooms, streams, like)
+                output = exits.captured(rooms, streams, like)
         except CannotCaptureError:
             return None
         except RuntimeError as error:
             raise CannotRecordError from error
-        return Captured(graph, rooms, output, pool)
+        return Captured(graph, rooms, output, (pool, like))
 
     def extra_repr(self) -> str:
         """How many graphs are kept, and the sizes that calls are padded to."""
