@@ -17,11 +17,15 @@ from torch.nn import functional as F
 import brt
 import brt_dist
 from brt.route import make_route
-from brt_dist import experts
+from brt_dist import experts, fastest
 from brt_dist.stacked import Activation
+from brt_dist.topology import Link, Topology
 
 DIM, HIDDEN = 5, 4
 HOSTS: dict[int, brt_dist.Hosts] = {}
+WAYS = (
+    brt_dist.Transport(), brt_dist.Transport(degree=2), brt_dist.Transport(replicated=True),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,8 @@ def transport_of(name: str) -> brt_dist.Transport:
         return brt_dist.Transport(hosts=hosts_of(int(name[-1])))
     if name.startswith("capacity"):
         return brt_dist.Transport(capacity=int(name.removeprefix("capacity")))
+    if name == "fastest":
+        return brt_dist.Transport(among=WAYS)
     return brt_dist.Transport(replicated=name == "replicated")
 
 
@@ -264,3 +270,62 @@ def replicas_share_rows(rank: int) -> tuple[list[int], list[int]]:
     slot_NK = spread.slots(torch.zeros(10, 1, dtype=torch.int64), turn=rank)
     counts_WG = spread.counts_WG(torch.tensor([7, 2, 3]))
     return slot_NK.flatten().bincount(minlength=4).tolist(), counts_WG.flatten().tolist()
+
+
+def fastest_by_size(rank: int) -> tuple[dict[int, int], list[int]]:
+    """Which way is taken from how many cells on, and what was measured: rank 0 has most cells."""
+    layer = layer_of_ones(brt_dist.Transport(among=WAYS))
+    measured: list[int] = []
+
+    def seconds(calls: list[object], *_: object) -> list[float]:
+        measured.append(len(calls))
+        return [[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]][len(measured) - 1]
+
+    with mock.patch.object(fastest, "side_by_side", seconds):
+        for num_cells in (5, 7, 4, 40, 63, 6):
+            layer(*cells_of_ones(num_cells if rank == 0 else rank))
+    return {size: WAYS.index(way) for size, way in layer.router.chosen.items()}, measured
+
+
+def fastest_by_topology(rank: int, num_choices: int, beta_gbs: float, alpha_us: float) -> list[int]:
+    """The way for few cells and for many, by a topology."""
+    link = Link(alpha_us=alpha_us, beta_gbs=beta_gbs)
+    topology = Topology(ranks_per_host=dist.get_world_size(), within=link, tflops=1e-6)
+    layer = layer_of_ones(brt_dist.Transport(among=WAYS, topology=topology))
+    with mock.patch.object(fastest, "side_by_side", None):
+        for num_cells in (1, 300):
+            x_ND, choice_NK = cells_of_ones(num_cells)
+            layer(x_ND, choice_NK[:, :num_choices])
+    return [WAYS.index(way) for way in layer.router.chosen.values()]
+
+
+def layer_of_ones(transport: brt_dist.Transport) -> brt_dist.ExpertParallel:
+    weights = torch.ones(4, HIDDEN, DIM), torch.ones(4, DIM, HIDDEN)
+    return brt_dist.ExpertParallel(*weights, activation="relu", transport=transport)
+
+
+def cells_of_ones(num_cells: int) -> tuple[Tensor, Tensor]:
+    return torch.ones(num_cells, DIM), torch.arange(4).expand(num_cells, 4)
+
+
+def wrong_ways(rank: int) -> list[str]:
+    """Errors of a way that is of another group, and of cells that one rank has wrong."""
+    small = Topology(ranks_per_host=dist.get_world_size() + 1)
+    found = []
+    for transport in (
+        brt_dist.Transport(among=WAYS, topology=small),
+        brt_dist.Transport(among=(dataclasses.replace(transport_of("hosts1")),)),
+    ):
+        group = dist.group.WORLD if transport.topology else dist.new_group()
+        spread = brt_dist.Spread.of(4, group)
+        try:
+            brt_dist.ParallelExpertRouter(spread, transport)
+        except brt_dist.ParallelError as error:
+            found.append(str(error))
+    layer = layer_of_ones(brt_dist.Transport(among=WAYS))
+    x_ND, choice_NK = cells_of_ones(3)
+    try:
+        layer(x_ND[rank:], choice_NK[:3])
+    except ValueError as error:
+        found.append(str(error))
+    return found

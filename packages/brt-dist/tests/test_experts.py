@@ -101,7 +101,45 @@ def test_transport_takes_one_choice() -> None:
         brt_dist.Transport(degree=2, replicated=True)
     with pytest.raises(brt_dist.ParallelError, match="capacity must be at least 1, got 0"):
         brt_dist.Transport(capacity=0)
-    assert list(asdict(brt_dist.Transport()).values()) == [1, None, False, None, None]
+    with pytest.raises(brt_dist.ParallelError, match="symmetric=None and among"):
+        brt_dist.Transport(degree=2, among=(brt_dist.Transport(),))
+    with pytest.raises(brt_dist.ParallelError, match="needs among"):
+        brt_dist.Transport(topology=brt_dist.Topology(ranks_per_host=1))
+    with pytest.raises(brt_dist.ParallelError, match="chooses nothing itself"):
+        brt_dist.Transport(among=(brt_dist.Transport(among=(brt_dist.Transport(),)),))
+    assert list(asdict(brt_dist.Transport()).values()) == [1, None, False, None, None, (), None]
+
+
+@pytest.mark.parametrize("name", ["plain", "no cells", "skewed"])
+def test_fastest_equals_one_process(name: str, ranks_of: Callable[[int], Ranks]) -> None:
+    ranks_of(3).run(cases.equals_one_process, LAYERS[name], "fastest", None, False)
+
+
+def test_fastest_is_measured_once_for_a_size(ranks_of: Callable[[int], Ranks]) -> None:
+    # 4 to 7 cells on the rank that has most, and 32 to 63
+    assert ranks_of(3).run(cases.fastest_by_size) == [({4: 0, 32: 2}, [3, 3])] * 3
+
+
+TOPOLOGIES = {
+    # Four choices on two ranks: twice as many rows as cells
+    "bytes count": (4, 1e-6, 0.0, [2, 2]),
+    # Parts are worth their messages where there is enough to overlap
+    "messages count": (1, 1e-3, 100.0, [0, 1]),
+}
+
+
+@pytest.mark.parametrize("case", TOPOLOGIES)
+def test_fastest_by_topology(case: str, ranks_of: Callable[[int], Ranks]) -> None:
+    num_choices, beta_gbs, alpha_us, ways = TOPOLOGIES[case]
+    found = ranks_of(2).run(cases.fastest_by_topology, num_choices, beta_gbs, alpha_us)
+    assert found == [ways] * 2
+
+
+def test_wrong_ways(ranks_of: Callable[[int], Ranks]) -> None:
+    for topology, hosts, cells in ranks_of(2).run(cases.wrong_ways):
+        assert topology == "Transport: the topology is of 3 ranks, the group of 2"
+        assert hosts == "Transport: hosts is of another group"
+        assert "on rank 1: ParallelExpertRouter: cells and choices" in cells
 
 
 def test_rows_beyond_a_capacity_are_dropped(ranks: Ranks) -> None:

@@ -7,6 +7,7 @@ D model and H hidden features (up has 2H rows where it is gated).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from brt.route import make_route
 from brt_dist.agree import agree, telling
 from brt_dist.errors import ParallelError
 from brt_dist.exchange import Exchange, exchange_counts, reverse_all_to_all, start
+from brt_dist.fastest import Cells, Fastest
 from brt_dist.groups import Group
 from brt_dist.hierarchical import hierarchical_all_to_all, reverse_hierarchical_all_to_all
 from brt_dist.padded import Padded
@@ -44,13 +46,22 @@ class ParallelExpertRouter(Router):
 
     def __init__(self, spread: Spread, transport: Transport = _DEFAULT) -> None:
         super().__init__()
-        if transport.hosts is not None and transport.hosts.group is not spread.group:
-            raise ParallelError("ParallelExpertRouter: transport.hosts is of another group")
+        transport.check(spread.group)
         self.num_paths = spread.num_experts
         self.spread = spread
         self.transport = transport
+        self._fastest: Fastest[ParallelExpertRouter] | None = None
+        if transport.among:
+            self._fastest = Fastest(transport, spread, partial(ParallelExpertRouter, spread))
         self._agreed: set[str] = set()
         self._rooms: dict[tuple[int, torch.dtype, torch.device], Buffers] = {}
+
+    @property
+    def chosen(self) -> dict[int, Transport]:
+        """Of ``transport.among`` the fastest so far, by the number of cells from which on it is."""
+        if self._fastest is None:
+            return {}
+        return {size: self.transport.among[i] for size, i in self._fastest.chosen.items()}
 
     @torch.compiler.disable
     def forward(
@@ -66,6 +77,15 @@ class ParallelExpertRouter(Router):
         activation: Activation = "swiglu",
     ) -> Tensor:
         """``[N, D]`` -> ``[N, D]`` for the cells of this rank."""
+        if self._fastest is not None:
+            args = x_ND, choice_NK, weight_NK, up_PHD, down_PDH
+            names = {"up_bias_PH": up_bias_PH, "down_bias_PD": down_bias_PD}
+            with telling("ParallelExpertRouter", self.spread.group):
+                self._look_at(x_ND, choice_NK, weight_NK)
+                cells = Cells.of(x_ND, choice_NK, up_PHD, down_PDH)
+            return self._fastest(
+                lambda router: router(*args, **names, activation=activation), cells
+            )
         with telling("ParallelExpertRouter", self.spread.group):
             weights = StackedExperts(
                 self._own("up", up_PHD),
@@ -74,10 +94,7 @@ class ParallelExpertRouter(Router):
                 None if down_bias_PD is None else self._own("down_bias", down_bias_PD),
                 activation,
             )
-            decision = Decision(self.num_paths, choice_NK=choice_NK, weight=weight_NK)
-            if self._observers:
-                self._observe(make_route(decision, x_ND.shape[0]), choice_NK)
-            ops.same_size("ParallelExpertRouter: cells and choices", *_sizes(x_ND, choice_NK))
+            self._look_at(x_ND, choice_NK, weight_NK)
             symmetric = self.transport.symmetric is not None and not torch.is_grad_enabled()
             if not (self.transport.replicated or self.transport.capacity or symmetric):
                 chunks = [self._chunk(*part) for part in self._parts(x_ND, choice_NK, weight_NK)]
@@ -92,6 +109,14 @@ class ParallelExpertRouter(Router):
         if self.transport.hosts is not None:
             return self._by_hosts(*chunks[0], weights)
         return self._overlapped(chunks, weights)
+
+    def _look_at(self, x_ND: Tensor, choice_NK: Tensor, weight_NK: Tensor | None) -> None:
+        """Show observers what the gate decided, and check that there is a decision a cell."""
+        decision = Decision(self.num_paths, choice_NK=choice_NK, weight=weight_NK)
+        if self._observers:
+            self._observe(make_route(decision, x_ND.shape[0]), choice_NK)
+        sizes = x_ND.shape[0], choice_NK.shape[0]
+        ops.same_size("ParallelExpertRouter: cells and choices", *sizes)
 
     def _own(self, what: str, stacked: Tensor) -> Tensor:
         """The part of a stacked weight that is for this rank's experts."""
@@ -265,10 +290,6 @@ class ExpertParallel(nn.Module):
             down_bias_PD=self.down_bias, activation=self.activation,
         )  # fmt: skip
         return out_ND
-
-
-def _sizes(x_ND: Tensor, choice_NK: Tensor) -> tuple[int, int]:
-    return x_ND.shape[0], choice_NK.shape[0]
 
 
 def _send_back(rows_RD: Tensor, exchange: Exchange) -> Callable[[], Tensor]:

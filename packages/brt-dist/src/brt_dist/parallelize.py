@@ -179,11 +179,7 @@ def _check(model: nn.Module, changes: Sequence[Change], settings: Settings) -> N
             f"the placement names {sorted(unknown)}, the mixtures are "
             f"{[change.path for change in changes]}"
         )
-    if (
-        settings.transport.hosts is not None
-        and settings.transport.hosts.group is not settings.group
-    ):
-        raise ParallelError("transport.hosts is of another group")
+    settings.transport.check(settings.group)
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)

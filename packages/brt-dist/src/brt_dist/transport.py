@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch.distributed as dist
+
 from brt_dist.errors import ParallelError
+from brt_dist.groups import Group
 from brt_dist.hierarchical import Hosts
+from brt_dist.topology import Topology
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,9 @@ class Transport:
         symmetric: rows that a rank has room for, in memory that the GPUs of the group reach: cells
             are written there by one kernel, and nothing is read from the device. CUDA; while
             gradients are recorded rows are exchanged as by default.
+        among: the fastest of these, for each power of two of cells: measured on the layer at its
+            first call with so many, and kept. The ranks tell each other how many cells they have.
+        topology: with `among`, predict by it which is fastest instead of measuring.
     """
 
     degree: int = 1
@@ -31,6 +38,8 @@ class Transport:
     replicated: bool = False
     capacity: int | None = None
     symmetric: int | None = None
+    among: tuple[Transport, ...] = ()
+    topology: Topology | None = None
 
     def __post_init__(self) -> None:
         """Check that the choices go together."""
@@ -41,10 +50,27 @@ class Transport:
                 raise ParallelError(f"Transport: {name} must be at least 1, got {rows}")
         others = (
             self.hosts is not None, self.replicated, self.capacity is not None,
-            self.symmetric is not None,
+            self.symmetric is not None, bool(self.among),
         )  # fmt: skip
         if (self.degree > 1) + sum(others) > 1:
             raise ParallelError(
                 f"Transport: choose one of degree={self.degree}, hosts, replicated="
-                f"{self.replicated}, capacity={self.capacity} and symmetric={self.symmetric}"
+                f"{self.replicated}, capacity={self.capacity}, symmetric={self.symmetric} and among"
             )
+        if self.topology is not None and not self.among:
+            raise ParallelError("Transport: topology is to choose by, and needs among=(...)")
+        if any(transport.among for transport in self.among):
+            raise ParallelError("Transport: what stands in among chooses nothing itself")
+
+    def check(self, group: Group) -> None:
+        """Refuse what was made for another group."""
+        if self.hosts is not None and self.hosts.group is not group:
+            raise ParallelError("Transport: hosts is of another group")
+        num_ranks = dist.get_world_size(group)
+        if self.topology is not None and self.topology.num_ranks != num_ranks:
+            raise ParallelError(
+                f"Transport: the topology is of {self.topology.num_ranks} ranks, the group of "
+                f"{num_ranks}"
+            )
+        for transport in self.among:
+            transport.check(group)
