@@ -146,7 +146,7 @@ def test_calls_are_padded_to_the_sizes_of_the_profile(without_device: list[list[
         model, profiled(model, 3, 6, 6), passes=[Capture()], sample=torch.randn(6, DIM)
     )
     region = captured_of(fast)
-    assert region.sizes == (1, 2, 3, 6)
+    assert region.padding.sizes == (1, 2, 3, 6)
     assert "padded to the next of 1, 2, 3, 6 rows" in str(fast.report)
     kept: list[tuple[Tensor, Tensor]] = []
     region.replays = 0
@@ -184,6 +184,23 @@ def test_images_of_any_layout_are_padded_by_their_last_row() -> None:
     assert buckets.rows_of((scale, 3)) is None
 
 
+def test_a_proof_is_for_rows_of_one_shape(without_device: list[list[Any]]) -> None:
+    class Pairs(Layer):
+        """Two tokens are a cell: of one row where it has an even number."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            cells, grid = brt.annotate(x, (0, 1), shape=(DIM,))
+            return grid.restore(super().forward(cells))
+
+    model = Pairs().eval()
+    fast = brt.optimize(model, passes=[Capture(buckets=(8,))], sample=torch.randn(6, 4, DIM // 2))
+    with torch.no_grad():
+        for num_rows, num_tokens in ((5, 4), (4, 5), (6, 4)):
+            x = torch.randn(num_rows, num_tokens, DIM // 2)
+            torch.testing.assert_close(fast(x), model(x))
+    assert [tuple(rooms[0].shape[:2]) for rooms in without_device] == [(8, 4), (4, 5)]
+
+
 def test_padding_is_not_assumed_to_be_harmless(without_device: list[list[Any]]) -> None:
     model, x = Layer().eval(), torch.randn(6, DIM)
     model.scatter.protocol = CapacityTopK(2)
@@ -193,7 +210,7 @@ def test_padding_is_not_assumed_to_be_harmless(without_device: list[list[Any]]) 
         (None, x, "no profile says"),
     ):
         fast = brt.optimize(model, profile, passes=[Capture()], sample=sample)
-        assert captured_of(fast).sizes == ()
+        assert captured_of(fast).padding.sizes == ()
         assert why in str(fast.report)
         with torch.no_grad():
             torch.testing.assert_close(fast(x[:4]), model(x[:4]))
@@ -226,7 +243,7 @@ def test_other_numbers_of_rows_by_one_graph() -> None:
         model, profile, passes=["fuse-horizontal", Capture()], sample=batches[0], verify=False
     )
     region = captured_of(fast)
-    assert {33, 40, 48} <= set(region.sizes)
+    assert {33, 40, 48} <= set(region.padding.sizes)
     few = [torch.randn(n, DIM, device="cuda", dtype=BF16) for n in (34, 36, 39, 40, 41, 47)]
     with torch.no_grad():
         wanted = [model(x) for x in few]
@@ -557,6 +574,27 @@ def test_exits_are_captured_for_several_cells_where_each_is_by_itself(
     assert captured_of(fast)._batches is None
     with torch.no_grad():  # nobody makes conditional nodes here
         torch.testing.assert_close(fast(x), model(x))
+
+
+def test_calls_with_exits_are_padded_too(
+    without_device: list[list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, picked = Tree().eval(), []
+
+    def capture(self: CapturedRegion, exits: Any, rooms: list[Any]) -> Captured:
+        picked.append((type(exits), len(rooms[0])))
+        return captured.record(lambda *given: self._run(self._scope[0], *given), rooms, 1)
+
+    monkeypatch.setattr(CapturedRegion, "_capture_exits", capture)
+    profile = profiled(model, 4, 6)
+    fast = brt.optimize(model, profile, passes=[Capture()], sample=torch.randn(6, DIM))
+    with torch.no_grad():
+        for num_rows in (6, 5, 1, 4, 3):
+            x = torch.randn(num_rows, DIM)
+            torch.testing.assert_close(fast(x), model(x))
+    several, one = exit_batches.Batches, conditional.OneCell
+    assert set(picked) == {(several, 6), (one, 1), (several, 4)}
+    assert len(without_device) == 3
 
 
 def test_one_cell_is_copied_with_its_model() -> None:

@@ -8,15 +8,16 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from brt.cellflow.analysis import _arguments
 from brt.cellflow.whole import RowsTogetherError, rows_apart
-from brt.errors import TraceError
-from brt.graph import trace
+from brt.graph import as_call, trace
 from brt.passes.base import Context
 from brt.passes.match import scatters
 
@@ -25,8 +26,44 @@ if TYPE_CHECKING:
 
 MOST_NODES = 1500
 """Larger regions keep exact shapes: following rows takes some 10 ms a node."""
+Shapes = tuple[tuple[int, ...] | None, ...]
 _MOST_CHOSEN = 6
 _MOST_SEEN = 128
+
+
+@dataclass(frozen=True)
+class Apart:
+    """A proof that rows are kept apart.
+
+    Attributes:
+        cells_per_row: how many cells a row is, by the key in a profile of each scatter that takes
+            all rows.
+        shapes: of the rows of each input, for which it holds; None for what has no rows.
+    """
+
+    cells_per_row: Mapping[str, int]
+    shapes: Shapes
+
+
+@dataclass(frozen=True)
+class Padding:
+    """The numbers of rows that calls are padded to, and the shapes of rows for which it is right.
+
+    Without shapes it is right for none.
+    """
+
+    sizes: tuple[int, ...] = ()
+    shapes: Shapes | None = None
+
+    def is_right(self, inputs: Sequence[Any]) -> bool:
+        """Whether rows of these inputs may have company."""
+        return self.shapes is not None and row_shapes(inputs) == self.shapes
+
+    def size_for(self, inputs: Sequence[Any]) -> int | None:
+        """The number of rows that a call is padded to; None where it is not."""
+        if not self.sizes or not self.is_right(inputs):
+            return None
+        return next_size(rows_of(inputs), self.sizes)
 
 
 def choose(seen: Iterable[int], most: int = _MOST_CHOSEN) -> tuple[int, ...]:
@@ -68,26 +105,23 @@ def _with_halves(sizes: Sequence[int]) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def sizes_for(wanted: str | tuple[int, ...] | None, ctx: Context) -> tuple[int, ...]:
-    """The sizes that calls of a region are padded to; () where each shape has a graph of its own.
-
-    Passes leave the result as it was, so that the region's own code tells whether its rows are
-    kept apart.
-    """
-    if wanted is None:
-        return ()
+def may_pad(wanted: str | tuple[int, ...] | None, ctx: Context) -> bool:
+    """Whether there are sizes to pad calls to, if nothing speaks against it."""
     if wanted == "profile" and ctx.profile is None:
         ctx.leave("other numbers of rows", "no profile says which there are")
+        return False
+    return wanted is not None
+
+
+def sizes_for(wanted: str | tuple[int, ...] | None, apart: Apart, ctx: Context) -> tuple[int, ...]:
+    """The sizes that calls are padded to; () where each shape has a graph of its own."""
+    if not may_pad(wanted, ctx) or wanted is None:
         return ()
-    try:
-        cells_per_row = require_rows_apart(ctx)
-    except (RowsTogetherError, TraceError) as error:
-        ctx.leave("other numbers of rows", f"padding might change results: {error}")
-        return ()
-    if isinstance(wanted, str):
-        sizes = choose(_seen(ctx.profile, cells_per_row))
-    else:
+    if not isinstance(wanted, str):
         sizes = tuple(sorted(set(wanted)))
+    else:
+        assert ctx.profile is not None
+        sizes = choose(_seen(ctx.profile, apart.cells_per_row))
     if sizes:
         ctx.note(
             "each row is computed by itself: calls are padded to the next of "
@@ -96,10 +130,11 @@ def sizes_for(wanted: str | tuple[int, ...] | None, ctx: Context) -> tuple[int, 
     return sizes
 
 
-def require_rows_apart(ctx: Context) -> dict[str, int]:
-    """How many cells each row is, by the key in a profile of each scatter that takes all rows.
+def require_rows_apart(region: fx.GraphModule, ctx: Context) -> Apart:
+    """Prove it for rows as in the sample.
 
-    Raises where it cannot be shown that rows are kept apart.
+    Raises `RowsTogetherError` or `TraceError` where that cannot be done. Passes leave the result as
+    it was, so that the region's own code tells.
     """
     batch = ctx.sample[0].batch_for(ctx.scope) if ctx.sample else None
     if batch is None:
@@ -108,17 +143,19 @@ def require_rows_apart(ctx: Context) -> dict[str, int]:
     if len(graph.graph.nodes) > MOST_NODES:
         raise RowsTogetherError(f"more than {MOST_NODES} nodes would have to be followed")
     cells_per_row = rows_apart(graph, batch)
-    return {
+    by_key = {
         f"{found.target}#{found.call}": cells_per_row[found.node]
         for found in scatters(graph.graph, ctx.scope)
         if found.node in cells_per_row
     }
+    inputs = _arguments(region, as_call(batch))
+    return Apart(by_key, row_shapes(list(inputs.values())))
 
 
-def _seen(profile: Profile | None, cells_per_row: Mapping[str, int]) -> list[int]:
+def _seen(profile: Profile, cells_per_row: Mapping[str, int]) -> list[int]:
     """How many rows each call had in the profile."""
     for key, each in cells_per_row.items():
-        router = None if profile is None else profile.routers.get(key)
+        router = profile.routers.get(key)
         if router is not None:
             return [cells // each for cells in router.cells_F.tolist() if cells % each == 0]
     return []
@@ -128,6 +165,11 @@ def rows_of(inputs: Sequence[Any]) -> int | None:
     """The number of rows that all tensors of a call have; None where there is no such number."""
     sizes = {x.shape[0] for x in inputs if isinstance(x, Tensor) and x.ndim}
     return sizes.pop() if len(sizes) == 1 else None
+
+
+def row_shapes(inputs: Sequence[Any]) -> Shapes:
+    """The shape of a row of each input; None for what has no rows."""
+    return tuple(tuple(x.shape[1:]) if isinstance(x, Tensor) and x.ndim else None for x in inputs)
 
 
 def next_size(num_rows: int | None, sizes: Sequence[int]) -> int | None:

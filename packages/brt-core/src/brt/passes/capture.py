@@ -12,7 +12,7 @@ from brt.errors import PassError, TraceError
 from brt.grouped import each
 from brt.guard import Guarded
 from brt.passes.base import Context, Lowering, Pass
-from brt.passes.buckets import require_rows_apart, sizes_for
+from brt.passes.buckets import Padding, may_pad, require_rows_apart, sizes_for
 from brt.passes.captured import CapturedRegion
 from brt.passes.conditional import OneCell
 from brt.passes.exit_batches import Batches
@@ -42,7 +42,7 @@ class Capture(Pass):
         warm_ups: runs before a capture, in which kernels are chosen and memory is found.
         buckets: numbers of rows (of the first dim of the inputs) that have a graph; "profile"
             takes them from the calls that the profile saw. More rows than the last one, and None:
-            a graph for each number. Not for regions with exits.
+            a graph for each number.
         batches: whether regions with exits are captured for several cells too.
     """
 
@@ -104,16 +104,7 @@ class Capture(Pass):
         inner = fx.Graph()
         copied: dict[fx.Node, fx.Node] = {}
         inner.output(inner.graph_copy(graph.graph, copied))
-        one_cell, batches = None, None
-        sizes: tuple[int, ...] = ()
-        if any(_reads_device(node, ctx.scope) is not None for node in graph.graph.nodes):
-            one_cell = OneCell(inner, ctx.scope)
-            batches = _batches(inner, ctx) if self.batches else None
-        else:
-            sizes = sizes_for(self.buckets, ctx)
-        captured = CapturedRegion(
-            ctx.scope, inner, self.most_shapes, self.warm_ups, one_cell, batches, sizes
-        )
+        captured = self._captured(graph, inner, ctx)
         name = ctx.insert(graph, captured, "captured_region")
         inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
         output = next(node for node in graph.graph.nodes if node.op == "output")
@@ -124,23 +115,30 @@ class Capture(Pass):
         for node in reversed(list(graph.graph.nodes)):
             if node.op not in ("placeholder", "output") and node not in (whole, *_checks(graph)):
                 graph.graph.erase_node(node)
+        return True
+
+    def _captured(self, graph: fx.GraphModule, inner: fx.Graph, ctx: Context) -> CapturedRegion:
+        """What stands for the region, with what can be shown of calls of other numbers of rows."""
+        has_exits = any(_reads_device(n, ctx.scope) is not None for n in graph.graph.nodes)
+        one_cell = OneCell(inner, ctx.scope) if has_exits else None
+        batches, padding = None, Padding()
+        if self.batches if has_exits else may_pad(self.buckets, ctx):
+            try:
+                apart = require_rows_apart(graph, ctx)
+                batches = Batches(inner, ctx.scope) if has_exits else None
+                padding = Padding(sizes_for(self.buckets, apart, ctx), apart.shapes)
+            except (RowsTogetherError, TraceError, PassError) as error:
+                what = "several cells" if has_exits else "other numbers of rows"
+                ctx.leave(what, f"padding might change results: {error}")
         form = "" if one_cell is None else ", with conditional nodes at each exit"
         form += "" if one_cell is None or batches is not None else ", of one cell"
         ctx.note(
             f"{len(inner.nodes)} nodes are one CUDA graph for each of {self.most_shapes} shapes"
             f"{form}"
         )
-        return True
-
-
-def _batches(graph: fx.Graph, ctx: Context) -> Batches | None:
-    """How a region with exits is captured for several cells; None where these run as they are."""
-    try:
-        require_rows_apart(ctx)
-        return Batches(graph, ctx.scope)
-    except (RowsTogetherError, TraceError, PassError) as error:
-        ctx.leave("several cells", f"padding them might change results: {error}")
-        return None
+        return CapturedRegion(
+            ctx.scope, inner, self.most_shapes, self.warm_ups, one_cell, batches, padding
+        )
 
 
 def _checks(graph: fx.GraphModule) -> list[fx.Node]:

@@ -45,7 +45,7 @@ class CapturedRegion(nn.Module):
     Args:
         one_cell: for a region with exits, how it is captured for a call of one cell.
         batches: and for several; None where these run as they are.
-        sizes: numbers of rows that calls are padded to; rows must be computed by themselves.
+        padding: numbers of rows that calls are padded to.
     """
 
     def __init__(
@@ -56,11 +56,11 @@ class CapturedRegion(nn.Module):
         warm_ups: int,
         one_cell: OneCell | None = None,
         batches: Batches | None = None,
-        sizes: tuple[int, ...] = (),
+        padding: buckets.Padding = buckets.Padding(),  # noqa: B008 - it is frozen
     ) -> None:
         super().__init__()
         self._one_cell, self._batches = one_cell, batches
-        self.sizes = sizes
+        self.padding = padding
         self.calls = frozenset(str(n.target) for n in graph.nodes if n.op == "call_module")
         self.replays = 0
         """Calls that replayed a graph."""
@@ -94,7 +94,7 @@ class CapturedRegion(nn.Module):
         num_rows = buckets.rows_of(inputs)
         if num_rows == 0 or not self._can_replay(inputs):
             return self._run(scope, *inputs)
-        size = buckets.next_size(num_rows, self.sizes)
+        size = self.padding.size_for(inputs)
         key = buckets.signature(inputs, size)
         with self._lock, torch.no_grad(), torch.inference_mode(False):
             captured = self._graphs.get(key)
@@ -155,7 +155,8 @@ class CapturedRegion(nn.Module):
         buckets.fill(rooms, inputs)
         try:
             if self._one_cell is not None:
-                batches = None if buckets.rows_of(inputs) == 1 else self._batches
+                several = buckets.rows_of(rooms) != 1 and self.padding.is_right(inputs)
+                batches = self._batches if several else None
                 return self._capture_exits(batches or self._one_cell, rooms)
             return record(lambda *given: self._run(self._scope[0], *given), rooms, self._warm_ups)
         except CannotRecordError as error:
@@ -191,7 +192,8 @@ class CapturedRegion(nn.Module):
 
     def extra_repr(self) -> str:
         """How many graphs are kept, and the sizes that calls are padded to."""
-        padded = f", padded to {self.sizes} rows" if self.sizes else ""
+        sizes = self.padding.sizes
+        padded = f", padded to {sizes} rows" if sizes else ""
         return f"graphs of {len(self._graphs)} of at most {self._most_shapes} shapes{padded}"
 
 
