@@ -85,6 +85,37 @@ class Stacked(nn.Module):
         return out
 
 
+class Experts(nn.Module):
+    """Stacked weights, of which one lies input-major."""
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(num_experts, 8, DIM))
+        self.up_bias = nn.Parameter(torch.randn(num_experts, 8))
+        self.down = nn.Parameter(torch.randn(num_experts, DIM, 8).transpose(1, 2))
+
+    def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
+        assert self.down.transpose(1, 2).is_contiguous()
+        hidden = brt.ops.grouped_linear(rows, offsets, self.up, self.up_bias, "relu")
+        return brt.ops.grouped_linear(hidden, offsets, self.down.transpose(1, 2))
+
+
+class Packed(nn.Module):
+    """Packed rows through a module with stacked weights."""
+
+    def __init__(self, num_experts: int = 5) -> None:
+        super().__init__()
+        self.gate = nn.Linear(DIM, num_experts)
+        self.scatter = brt.ScatterRouter(brt.protocols.TopK(2), num_experts, result="packed")
+        self.experts = Experts(num_experts)
+        self.gather = brt.GatherRouter()
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, route = self.scatter(x, self.gate(x).softmax(-1))
+        out: Tensor = self.gather(self.experts(rows, route.offsets_P1), route)
+        return out
+
+
 class Both(nn.Module):
     """Layers of several kinds, one behind the other."""
 
@@ -103,6 +134,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "each": lambda: Branches(4, 2, each=True),
     "flows": Flows,
     "stacked": Stacked,
+    "packed": Packed,
     "both": Both,
 }
 
@@ -154,8 +186,8 @@ def run_all(
         grad = full[key].grad
         assert grad is not None
         if parameter.shape != full[key].shape:
-            holder = model.get_submodule(key.rpartition(".")[0])
-            grad = grad[list(holder.router.spread.held)]
+            spread = next(s for path, s in done.spreads.items() if key.startswith(path))
+            grad = grad[list(spread.held)]
         close(parameter.grad, grad, key)
     with torch.inference_mode():
         close(model(x), out.detach(), "without gradients")
@@ -308,6 +340,8 @@ def wrong_call(rank: int, kind: str) -> str:
             route[0]
         elif kind == "missing paths":
             model.gather(list(paths)[1:], route)
+        elif kind == "packed rows":
+            model.gather(x[:1].expand(1000, DIM), route)
         elif kind == "rows":
             model.gather(
                 [torch.cat([path, path[:1], path.new_ones(1, DIM)]) for path in paths], route

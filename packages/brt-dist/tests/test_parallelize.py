@@ -51,7 +51,7 @@ def test_replicas_by_any_transport(transport: str, ranks_of: Callable[[int], Ran
 REFUSED = {
     "nothing": "Linear has no brt.ExpertRouter and no brt.ScatterRouter",
     "few": "the model cannot be spread: its 2 branches leave none for rank 2",
-    "packed": "the model cannot be spread: its ScatterRouter has result='packed', not 'paths'",
+    "packed": r"it must hold one module with stacked weights \[5, ...\], and holds 0",
     "exit": "'scatters' cannot be spread: it must hold one GatherRouter, and holds 0",
     "no weights": "the model cannot be spread: its ExpertRouter has 3 experts, but the module",
     "tied": "its parameter is shared: experts.3.0.weight and other.weight",
@@ -108,6 +108,7 @@ def test_modules_are_left_alone(ranks_of: Callable[[int], Ranks]) -> None:
         ("scores", r"on rank 0: .*"),
         ("nested", r"route\[0\]: this route is spread over ranks"),
         ("missing paths", "GatherRouter: 3 for the 4 paths of the route"),
+        ("packed rows", r"GatherRouter: 1000 packed rows for \d+"),
         ("rows", r"GatherRouter: path \d gave \d+ rows for \d+"),
     ],
 )

@@ -70,7 +70,8 @@ def find_changes(model: nn.Module, settings: Settings, leave: Collection[str]) -
         if isinstance(module, ExpertRouter):
             yield _stacked(holder, parent, name, module, settings)
         elif isinstance(module, ScatterRouter):
-            yield _branches(holder, parent, name, module, settings)
+            find = _packed if module.result == "packed" else _branches
+            yield find(holder, parent, name, module, settings)
 
 
 def _stacked(
@@ -79,12 +80,7 @@ def _stacked(
     """The change of a module with an ExpertRouter and stacked weights."""
     num_experts = router.num_paths
     routers = [child for child in holder.children() if isinstance(child, ExpertRouter)]
-    stacked = {
-        key: parameter
-        for key, parameter in holder.named_parameters(recurse=False)
-        if parameter.shape[:1] == (num_experts,)
-        and (parameter.ndim == 3 or (parameter.ndim == 2 and key.endswith("bias")))
-    }
+    stacked = _stacked_weights(holder, num_experts)
     if len(routers) > 1:
         raise refused(path, f"it holds {len(routers)} ExpertRouters")
     if sum(parameter.ndim == 3 for parameter in stacked.values()) < 2:
@@ -108,36 +104,21 @@ def _branches(
     holder: nn.Module, path: str, name: str, scatter: ScatterRouter, settings: Settings
 ) -> Change:
     """The change of a module with a ScatterRouter, branches and a GatherRouter."""
-    if settings.transport != Transport(hosts=settings.transport.hosts):
-        raise refused(path, f"{settings.transport} is for ExpertRouter only")
-    if scatter.result != "paths":
-        raise refused(path, f"its ScatterRouter has result={scatter.result!r}, not 'paths'")
+    gather_name, gather = _gather_of(holder, path, settings)
     children = dict(holder.named_children())
-    _one(
-        [key for key, c in children.items() if isinstance(c, ScatterRouter)], path, "ScatterRouter"
-    )
-    gather_name = _one(
-        [k for k, c in children.items() if type(c) is GatherRouter], path, "GatherRouter"
-    )
     lists = {
         k: c
         for k, c in children.items()
         if isinstance(c, nn.ModuleList) and len(c) == scatter.num_paths
     }
     list_name = _one(list(lists), path, f"ModuleList of {scatter.num_paths} branches")
-    branches, gather = lists[list_name], holder.get_submodule(gather_name)
-    assert isinstance(gather, GatherRouter)
+    branches = lists[list_name]
     if len({id(branch) for branch in branches}) < len(branches):
         raise refused(path, "two of its branches are one module")
-    spread = settings.spread(path, scatter.num_paths)
-    idle = [rank for rank, held in enumerate(spread.held_W) if not held]
-    if idle:
-        raise refused(path, f"its {scatter.num_paths} branches leave none for rank {idle[0]}")
+    spread = _without_idle_ranks(path, scatter, settings)
 
     def carry_out() -> None:
-        parallel = ParallelScatterRouter(scatter, spread, settings.transport)
-        setattr(holder, name, parallel.train(scatter.training))
-        setattr(holder, gather_name, ParallelGatherRouter(gather).train(gather.training))
+        _replace(holder, {name: scatter, gather_name: gather}, spread, settings.transport)
         for branch in range(scatter.num_paths):
             if branch not in spread.held:
                 branches[branch] = Elsewhere()
@@ -148,6 +129,75 @@ def _branches(
         for key in branches.state_dict()
     }
     return Change(path, spread, owners, carry_out)
+
+
+def _packed(
+    holder: nn.Module, path: str, name: str, scatter: ScatterRouter, settings: Settings
+) -> Change:
+    """The change of a module with packed rows, and another in it that holds stacked weights."""
+    gather_name, gather = _gather_of(holder, path, settings)
+    stacked_of = {
+        key: _stacked_weights(child, scatter.num_paths) for key, child in holder.named_children()
+    }
+    enough = [k for k, found in stacked_of.items() if sum(p.ndim == 3 for p in found.values()) > 1]
+    child_name = _one(enough, path, f"module with stacked weights [{scatter.num_paths}, ...]")
+    child, stacked = holder.get_submodule(child_name), stacked_of[child_name]
+    spread = _without_idle_ranks(path, scatter, settings)
+
+    def carry_out() -> None:
+        _replace(holder, {name: scatter, gather_name: gather}, spread, settings.transport)
+        for key, parameter in stacked.items():
+            setattr(child, key, share_of(parameter, spread))
+
+    owners: dict[str, int | None] = {_join(path, f"{child_name}.{key}"): None for key in stacked}
+    return Change(path, spread, owners, carry_out)
+
+
+def _stacked_weights(module: nn.Module, num_experts: int) -> dict[str, nn.Parameter]:
+    """The parameters of a module that hold something for each expert."""
+    return {
+        key: parameter
+        for key, parameter in module.named_parameters(recurse=False)
+        if parameter.shape[:1] == (num_experts,)
+        and (parameter.ndim == 3 or (parameter.ndim == 2 and key.endswith("bias")))
+    }
+
+
+def _gather_of(holder: nn.Module, path: str, settings: Settings) -> tuple[str, GatherRouter]:
+    """The one gather beside the one scatter."""
+    if settings.transport != Transport(hosts=settings.transport.hosts):
+        raise refused(path, f"{settings.transport} is for ExpertRouter only")
+    children = dict(holder.named_children())
+    _one(
+        [key for key, c in children.items() if isinstance(c, ScatterRouter)], path, "ScatterRouter"
+    )
+    name = _one([k for k, c in children.items() if type(c) is GatherRouter], path, "GatherRouter")
+    gather = children[name]
+    assert isinstance(gather, GatherRouter)
+    return name, gather
+
+
+def _without_idle_ranks(path: str, scatter: ScatterRouter, settings: Settings) -> Spread:
+    spread = settings.spread(path, scatter.num_paths)
+    idle = [rank for rank, held in enumerate(spread.held_W) if not held]
+    if idle:
+        raise refused(path, f"its {scatter.num_paths} branches leave none for rank {idle[0]}")
+    return spread
+
+
+def _replace(
+    holder: nn.Module,
+    routers: Mapping[str, ScatterRouter | GatherRouter],
+    spread: Spread,
+    transport: Transport,
+) -> None:
+    for name, router in routers.items():
+        parallel = (
+            ParallelScatterRouter(router, spread, transport)
+            if isinstance(router, ScatterRouter)
+            else ParallelGatherRouter(router)
+        )
+        setattr(holder, name, parallel.train(router.training))
 
 
 def _one(found: list[str], path: str, what: str) -> str:

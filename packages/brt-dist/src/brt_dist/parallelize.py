@@ -91,7 +91,9 @@ def parallelize(
     with its own cells. A mixture is either a module that holds a `brt.ExpertRouter` and the stacked
     weights that it calls it with (3-D parameters of P experts, and 2-D ones called ``...bias``), or
     one that holds a `brt.ScatterRouter`, an ``nn.ModuleList`` of P branches and a
-    `brt.GatherRouter`, used as in ``gather([branch(path) ...], route)``.
+    `brt.GatherRouter`, used as in ``gather([branch(path) ...], route)``. With packed rows, in place
+    of the branches stands a module that holds such stacked weights, used as in
+    ``gather(experts(rows, route.offsets_P1), route)``.
 
     Args:
         model: changed in place. Names of the parameters stay; those of other ranks' branches go.

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from brt import Cells, GatherRouter, Route, RouteError, ScatterRouter
 from brt_dist.agree import telling
@@ -28,6 +29,8 @@ from brt_dist.transport import Transport
 @dataclass(frozen=True, eq=False, kw_only=True)
 class SpreadRoute(Route):
     """The route of this rank's cells, whose paths also have the rows of other ranks' cells.
+
+    Beside packed rows, ``offsets_P1`` are those of this rank's paths in them: as many as it holds.
 
     Attributes:
         spread: which rank holds which path.
@@ -59,7 +62,8 @@ class ParallelScatterRouter(ScatterRouter):
     """A `brt.ScatterRouter` that sends rows to the ranks of their paths. Every rank must call it.
 
     ``paths[p]`` has the rows of all ranks' cells where this rank holds path p, by rank, and none
-    where it does not. The route is a `SpreadRoute`, for a `ParallelGatherRouter`.
+    where it does not; packed rows are those of this rank's paths, in their order. The route is a
+    `SpreadRoute`, for a `ParallelGatherRouter`.
     """
 
     waits_for_others = True
@@ -71,6 +75,7 @@ class ParallelScatterRouter(ScatterRouter):
             weighted=scatter.weighted,
             per_path=scatter.per_path,
             inherit_weights=scatter.inherit_weights,
+            result=scatter.result,
         )
         self.spread = spread
         self.transport = transport
@@ -88,9 +93,14 @@ class ParallelScatterRouter(ScatterRouter):
             by_rank = self.spread.by_rank(load_P, flows[0].device)
             packed = tuple(by_rank.apply(self._move(i, f, route)) for i, f in enumerate(flows))
         arrived, exchange = self._send(packed, self.spread.counts_WG(load_P))
-        parts = [self._paths(flow, exchange.load_G) for flow in arrived]
         known = {field.name: getattr(route, field.name) for field in fields(Route)}
+        if self.result == "packed":
+            load_G = exchange.load_G[: len(self.spread.held)]
+            known["offsets_P1"] = F.pad(load_G.cumsum(0), (1, 0)).to(flows[0].device)
         spread_route = SpreadRoute(**known, spread=self.spread, exchange=exchange, by_rank=by_rank)
+        if self.result == "packed":
+            return (arrived[0] if isinstance(x, Tensor) else arrived), spread_route
+        parts = [self._paths(flow, exchange.load_G) for flow in arrived]
         if isinstance(x, Tensor):
             return tuple(parts[0]), spread_route
         return tuple(zip(*parts, strict=True)), spread_route
@@ -117,8 +127,8 @@ class ParallelScatterRouter(ScatterRouter):
 class ParallelGatherRouter(GatherRouter):
     """A `brt.GatherRouter` that takes the paths of a `ParallelScatterRouter` back to their ranks.
 
-    Of ``rows`` it reads the paths that this rank holds. Other routes it gathers as
-    `brt.GatherRouter` does.
+    Of ``rows`` it reads the paths that this rank holds; packed, they are all. Other routes it
+    gathers as `brt.GatherRouter` does.
     """
 
     waits_for_others = True
@@ -141,6 +151,11 @@ class ParallelGatherRouter(GatherRouter):
         """Rows and where they belong -> cells, as `brt.GatherRouter` gives them."""
         if not isinstance(where, SpreadRoute):
             return super().forward(rows, where, residual)
+        if isinstance(rows, Tensor):
+            num_rows = int(where.exchange.load_G.sum())
+            if rows.shape[0] != num_rows:
+                raise RouteError(f"GatherRouter: {rows.shape[0]} packed rows for {num_rows}")
+            return super().forward(_back(rows, where), where, residual)
         held = self._held(rows, where)
         if isinstance(held[0], Tensor):
             return super().forward(_back(torch.cat(held), where), where, residual)
@@ -148,11 +163,12 @@ class ParallelGatherRouter(GatherRouter):
         parts = [where.split(flow) for flow in flows]
         return super().forward(list(zip(*parts, strict=True)), where, residual)
 
-    def _held(self, rows: Tensor | Sequence[Any], where: SpreadRoute) -> list[Any]:
+    def _held(self, rows: Sequence[Any], where: SpreadRoute) -> list[Any]:
         """The results of this rank's paths, checked."""
-        if isinstance(rows, Tensor) or len(rows) != where.num_paths:
-            came = "one tensor" if isinstance(rows, Tensor) else f"{len(rows)}"
-            raise RouteError(f"GatherRouter: {came} for the {where.num_paths} paths of the route")
+        if len(rows) != where.num_paths:
+            raise RouteError(
+                f"GatherRouter: {len(rows)} for the {where.num_paths} paths of the route"
+            )
         held = [rows[path] for path in where.spread.held]
         for path, part, load in zip(
             where.spread.held, held, where.exchange.load_G.tolist(), strict=False

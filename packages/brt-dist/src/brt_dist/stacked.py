@@ -70,5 +70,7 @@ def share_of(stacked: Tensor, spread: Spread) -> nn.Parameter:
             f"stacked weights must hold {spread.num_experts} experts, got {list(stacked.shape)}"
         )
     own = stacked.detach()[list(spread.held)].clone()
+    if stacked.ndim == 3 and stacked.stride(1) < stacked.stride(2):
+        own = own.transpose(1, 2).contiguous().transpose(1, 2)  # it lies so for a reason
     wants = stacked.requires_grad or not isinstance(stacked, nn.Parameter)
     return nn.Parameter(own, requires_grad=wants)
