@@ -194,6 +194,25 @@ def test_sums_and_relu_in_the_result(kind: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4 * factor, atol=1e-4 * factor)
 
 
+@pytest.mark.parametrize("is_viewed", [False, True])
+def test_images_that_become_cells_keep_their_layout(is_viewed: bool) -> None:
+    class Annotated(Routed):
+        def forward(self, x: Tensor) -> Tensor:
+            cells, grid = brt.annotate(self.stem(x), 0)
+            if is_viewed:
+                cells = cells.view(-1, 4, 6, 6)
+            scores = self.gate(cells.mean((2, 3))).softmax(-1)
+            paths, route = self.scatter(cells, scores, grid.cells)
+            return grid.restore(self.gather(list(paths), route))
+
+    model = randomised(Annotated(nn.Identity)).eval()
+    fast, x = optimised(model), torch.randn(3, 3, 6, 6)
+    (stem,) = [m for m in fast.inserted.values() if isinstance(m, FoldedLayers)]
+    assert stem.keeps_layout != is_viewed
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
+
+
 def test_linear_layers() -> None:
     class Flat(nn.Module):
         def __init__(self) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from brt.cells import annotate
 from brt.passes.match import module_of, router_of, writes
 from brt.routers import GatherRouter, ScatterRouter
 
@@ -169,7 +170,9 @@ def _takes_any_layout(node: fx.Node, scope: nn.Module) -> bool | None:
             return False
         parts = list(module) if type(module) is nn.Sequential else [module]
         return True if all(isinstance(p, _ANY_LAYOUT_MODULES) for p in parts) else None
+    if node.target is operator.getitem and getattr(node.args[0], "target", None) is annotate:
+        return bool(node.args[1] == 0)  # the other item is its grid
     name = known_name(node) or (node.target if node.op == "call_method" else "")
     if name in _LAYOUT_ENDS or (name == "getattr" and node.args[1] in ("shape", "dtype", "device")):
         return False
-    return True if name in _ANY_LAYOUT_NAMES else None
+    return True if name in _ANY_LAYOUT_NAMES or node.target is annotate else None
