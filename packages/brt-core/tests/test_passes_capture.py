@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import brt
 from brt.decision import Decision
 from brt.passes import buckets, captured, conditional, exit_batches
+from brt.passes.base import Pass
 from brt.passes.capture import Capture
 from brt.passes.captured import Captured, CapturedRegion
 from brt.passes.fusion import Fusion
@@ -83,6 +84,15 @@ def test_refusals() -> None:
 
     with pytest.raises(brt.PassError, match=r"buckets are numbers of rows.*got \(0, 4\)"):
         Capture(buckets=(0, 4))
+
+
+def test_rounding_of_other_kernels_is_allowed_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    half, single = Capture().tolerance(BF16), Capture().tolerance(torch.float32)
+    assert half == Pass.tolerance(Capture(), BF16)
+    assert single[0] < 1e-4 or torch.cuda.is_available()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    assert 1e-3 < Capture().tolerance(torch.float32)[0] < 1e-2
 
 
 def test_few_sizes_with_little_padding() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import fx, nn
 
 from brt.cellflow.whole import RowsTogetherError
@@ -19,6 +20,7 @@ from brt.passes.exit_batches import Batches
 from brt.passes.match import draws_random, module_of, router_of, writes
 from brt.routers import EarlyExit, GatherRouter, LoopRouter, ScatterRouter
 
+_TF32 = 5e-3  # a few roundings to ten bits
 _HOST_METHODS = ("item", "tolist", "nonzero", "cpu", "numpy", "__bool__", "__int__", "__float__")
 
 
@@ -98,6 +100,14 @@ class Capture(Pass):
                         f"{node.name} {why}; a graph cannot be captured around that, nor with a "
                         f"conditional node: {error}"
                     ) from error
+
+    def tolerance(self, dtype: torch.dtype) -> tuple[float, float]:
+        """Kernels for other numbers of rows round otherwise; to TF32's ten bits, where allowed."""
+        relative, absolute = super().tolerance(dtype)
+        if dtype != torch.float32:
+            return relative, absolute
+        allowed = torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32
+        return _TF32 if torch.cuda.is_available() and allowed else 10 * relative, absolute
 
     def run(self, graph: fx.GraphModule, ctx: Context) -> bool:
         """Let one module stand for the whole region."""

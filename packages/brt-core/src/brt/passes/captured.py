@@ -188,7 +188,10 @@ class CapturedRegion(nn.Module):
             return None
         except RuntimeError as error:
             raise CannotRecordError from error
-        return Captured(graph, rooms, output, (pool, like))
+        # Not what a straight run of one cell computed: only batches hand over in its memory
+        return Captured(
+            graph, rooms, output, (pool, like.memory if exits is self._batches else None)
+        )
 
     def extra_repr(self) -> str:
         """How many graphs are kept, and the sizes that calls are padded to."""
