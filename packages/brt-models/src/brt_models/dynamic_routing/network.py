@@ -95,7 +95,7 @@ def _arriving(before: Sequence[Ways], scale: int) -> list[Rows]:
 
 def nothing_at(stem: Tensor, scale: int) -> Tensor:
     """Zeros of the shape that features of a scale have."""
-    batch, channels, height, width = stem.shape
+    batch, channels, height, width = (stem.shape[i] for i in range(4))  # also while tracing
     return stem.new_zeros(batch, channels << scale, height >> scale, width >> scale)
 
 

@@ -20,7 +20,7 @@ from brt_models.dynamic_routing import Cell, DynamicRouting, DynamicRoutingConfi
 from brt_models.dynamic_routing.cell import MIN_GATE, resized
 from brt_models.dynamic_routing.network import nothing_at
 from brt_models.macs import macs_of
-from brt_models.workloads.msdnet import frozen
+from brt_models.workloads.msdnet import frozen, fused
 
 TOLERANCE = 1e-4  # float32 against float64, through some hundred convolutions
 NUM_IMAGES = 4
@@ -86,6 +86,7 @@ def gate_workload(
             ),
             row("brt", "brt eager", lambda: model),
             row("brt", "brt optimised", optimised),
+            row("oracle", "the cells and ways taken, in one line", lambda: Oracle(model, timed)),
             row("limit", "dense product of as many operations", lambda: _product(first, flops)),
         ],
     )
@@ -148,6 +149,73 @@ def _sum(before: Sequence[Ways], scale: int) -> Tensor | None:
         if first is not None and other is not None:
             first = first + other
     return first
+
+
+class Oracle(nn.Module):
+    """Straight lines of the work that images take whose gates are known: nothing is decided.
+
+    Every gate of a cell that an image reaches is computed, as a real run needs it. Layers are fused
+    as `fuse-vertical` does.
+    """
+
+    def __init__(self, model: DynamicRouting, images: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.lines: dict[int, Callable[[Tensor], tuple[Tensor, ...]]] = {}
+        for x_NCHW in images:
+            watched = _Watched(model)
+            watched(x_NCHW)
+            self.lines[x_NCHW.data_ptr()] = fused(_Line(model, watched.taken))
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """[1, 3, H, W], one of the images that it knows -> [1, L, H, W]."""
+        return self.lines[x_NCHW.data_ptr()](x_NCHW)[0]
+
+
+Taken = dict[Cell, tuple[bool, bool, bool] | None]
+"""The ways out of the cells that an image reaches; None: skipped."""
+
+
+class _Watched(PythonGates):
+    def __init__(self, model: DynamicRouting) -> None:
+        super().__init__(model)
+        self.taken: Taken = {}
+
+    def _cell(self, cell: Cell, x: Tensor | None) -> Ways:
+        ways = keep, up, down = super()._cell(cell, x)
+        if x is not None:
+            is_skipped = keep is x
+            open_ = keep is not None, up is not None, down is not None
+            self.taken[cell] = None if is_skipped else open_
+        return ways
+
+
+class _Line(PythonGates):
+    """An image by ways that are known: (logits, the gates of the cells on its way)."""
+
+    def __init__(self, model: DynamicRouting, taken: Taken) -> None:
+        super().__init__(model)
+        self.taken = taken
+        self.gates: list[Tensor] = []
+
+    def forward(self, x_NCHW: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        self.gates.clear()
+        features = self._features(x_NCHW)
+        return self.model.sem_seg_head(features), *self.gates
+
+    def _cell(self, cell: Cell, x: Tensor | None) -> Ways:
+        if x is None:
+            return None, None, None
+        gate_G, taken = cell.gates(x)[0], self.taken[cell]
+        self.gates.append(gate_G)
+        if taken is None:
+            return x, None, None
+        keeps, goes_up, goes_down = taken
+        h, up, down = self.work[cell](x).relu(), None, None  # all ways begin with ReLU
+        if goes_up:
+            up = resized(cell.res_up[1](h), 2.0) * gate_G[1]
+        if goes_down:
+            down = cell.res_down[1](h) * gate_G[-1]
+        return h * gate_G[0] if keeps else None, up, down
 
 
 class _InDouble(nn.Module):

@@ -248,7 +248,7 @@ class Oracle(nn.Module):
             x_NCHW.data_ptr(): int(exit_idx)
             for x_NCHW, exit_idx in zip(images, exit_N, strict=True)
         }
-        self.lines = {k: _fused(_Line(model, k)) for k in sorted(set(self.exit_of.values()))}
+        self.lines = {k: fused(_Line(model, k)) for k in sorted(set(self.exit_of.values()))}
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """[1, 3, H, W], one of the images that it knows -> [1, C]."""
@@ -270,7 +270,8 @@ class _Line(nn.Module):
         return tuple(logits)
 
 
-def _fused(line: nn.Module) -> Callable[[Tensor], tuple[Tensor, ...]]:
+def fused(line: nn.Module) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    """A module without routers, with the layers that `fuse-vertical` makes."""
     graph = brt.trace(line.eval())
     graph.graph.eliminate_dead_code()
     FuseVertical().run(graph, Context(FuseVertical.name, "", line))
