@@ -6,8 +6,8 @@
 
 Rows go to their experts and back. Figure 11: each rank has 0 to 1023 rows for each expert, and the
 baseline pads to 1024. Figure 13: each rank has 1024 rows for each expert of one rank, and one for
-each other; experts stand where `brt_dist.nearest` puts them, or in equal blocks. OSDI 2023, whose
-published figures have one number more.
+each other; experts stand where `brt_dist.nearest` puts them, or in equal blocks, from where rows
+return or stay. OSDI 2023, whose published figures have one number more.
 
 Legend: W ranks, G experts on a rank, P experts, M most rows for an expert, R rows, D features.
 """
@@ -150,6 +150,13 @@ def sparse(rows: Tensor, counts_WG: Tensor) -> Both:
     return came, brt_dist.reverse_all_to_all(came, exchange)
 
 
+def stays(rows: Tensor, counts_WG: Tensor) -> Both:
+    """Ours, with the locality-aware return: rows stay where most of them are."""
+    came, exchange = brt_dist.sparse_all_to_all(rows, counts_WG)
+    assignment = brt_dist.assign_sources(exchange)
+    return came, brt_dist.return_to_assigned(came, exchange, assignment)
+
+
 def arms_of(case: Case, *, padded: bool) -> list[Arm]:
     """All ways to exchange the rows of a case."""
     arms = [
@@ -216,12 +223,15 @@ def _placed(num_experts: int, size: int, options: argparse.Namespace) -> Result:
     planned = brt_dist.Spread.of(counts_WP.shape[1], None, brt_dist.nearest(counts_WP.numpy()))
     cases = [Case(_counts(spread, counts_WP), size) for spread in (blocks, planned)]
     arms = [
-        Arm(name, kind, ours(case), partial(_agrees, case))
+        Arm(name, kind, ours(case), partial(_agrees, case, dist.get_rank()))
         for name, kind, case in (
             ("in equal blocks", "eager", cases[0]),
             ("placed by the solver", "brt", cases[1]),
         )
     ]
+    stay = partial(stays, cases[0].rows(dist.get_rank()), cases[0].counts_WG)
+    source = (dist.get_rank() - 1) % num_ranks  # whose rows are for this one's experts
+    arms.append(Arm("in equal blocks, rows stay", "brt", stay, partial(_agrees, cases[0], source)))
     return measure(
         options.workload,
         f"{num_experts} experts a rank, cells of {size}, {MOST} rows for each of one rank",
@@ -238,8 +248,11 @@ def _counts(spread: brt_dist.Spread, counts_WP: Tensor) -> Tensor:
     return torch.stack([torch.stack([row[list(h)] for h in held]) for row in counts_WP])
 
 
-def _agrees(case: Case, both: Both) -> Tensor:
-    pairs = zip(column(both), case.expected(), strict=True)
+def _agrees(case: Case, source: int, both: Both) -> Tensor:
+    """How far rows are from those expected, where those of a rank returned."""
+    num_rows = int(case.counts_WWG[source].sum())
+    expected = case.expected()[0], torch.arange(num_rows) + source / 16
+    pairs = zip(column(both), expected, strict=True)
     return sum(((came - wanted).abs().max() for came, wanted in pairs), torch.zeros(1))
 
 

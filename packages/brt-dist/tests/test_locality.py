@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import locality_cases as cases
 import pytest
+from exchange_cases import keeping_own
 from ranks import Ranks
 
 pytestmark = pytest.mark.dist
@@ -19,6 +20,11 @@ def test_rows_stay_and_order_comes_back(seed: int, ranks: Ranks) -> None:
             assert moved <= if_home
             if skew and seed < 2:
                 assert moved < if_home / 1.5
+
+
+@pytest.mark.parametrize("skew", [0, 1, 2])
+def test_rows_that_stay_are_not_sent(skew: int, ranks_of: Callable[[int], Ranks]) -> None:
+    ranks_of(3).run(keeping_own, cases.stays, skew, 1)
 
 
 WRONG = {

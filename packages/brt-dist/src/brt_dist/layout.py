@@ -24,10 +24,12 @@ class Layout:
     Attributes:
         rows_WG: int64, how many.
         by_expert: they lie by expert, then rank; else by rank, then expert.
+        place_W: where each rank stands among ranks in that; None: as it does in the group.
     """
 
     rows_WG: NDArray[np.int64]
     by_expert: bool = False
+    place_W: tuple[int, ...] | None = None
 
     @functools.cached_property
     def of_rank(self) -> list[int]:
@@ -40,6 +42,16 @@ class Layout:
         """R."""
         return sum(self.of_rank)
 
+    def for_others(self, source_W: tuple[int, ...]) -> Layout:
+        """The same rows, where rank w is to have those of ``source_W[w]``."""
+        assert self.place_W is None
+        return Layout(self.rows_WG[list(source_W)], self.by_expert, source_W)
+
+    @property
+    def is_by_rank(self) -> bool:
+        """They lie by rank, as ranks stand in the group."""
+        return not self.by_expert and self.place_W is None
+
     @property
     def is_long(self) -> bool:
         """Whether segments are worth to be copied one by one."""
@@ -51,40 +63,55 @@ class Layout:
 
     def to_rank_major(self, device: torch.device) -> Reorder:
         """From the order of the rows to that by rank."""
-        if not self.by_expert:
+        if self.is_by_rank:
             return Reorder()
         if device not in self._orders:
-            sizes_GW = torch.from_numpy(self.rows_WG.T)
-            self._orders[device] = Reorder.transposing(sizes_GW, device)
+            segments = torch.from_numpy(self._segment_WG.ravel())
+            self._orders[device] = Reorder.of(torch.tensor(self.sizes), segments, device)
         return self._orders[device]
+
+    @functools.cached_property
+    def _segment_WG(self) -> NDArray[np.int64]:
+        """The number of each segment, in the order that they lie in."""
+        num_ranks, num_experts = self.rows_WG.shape
+        place_W1 = np.array(self.place_W or range(num_ranks))[:, None]
+        if self.by_expert:
+            return np.arange(num_experts) * num_ranks + place_W1
+        return place_W1 * num_experts + np.arange(num_experts)
 
     @functools.cached_property
     def sizes(self) -> list[int]:
         """Rows of each segment, as they lie."""
-        laid = self.rows_WG.T if self.by_expert else self.rows_WG
-        sizes: list[int] = laid.ravel().tolist()
+        laid = np.empty(self.rows_WG.size, np.int64)
+        laid[self._segment_WG.ravel()] = self.rows_WG.ravel()
+        sizes: list[int] = laid.tolist()
         return sizes
 
     def of_one(self, rows: Tensor, rank: int) -> list[Tensor]:
         """The segments of a rank, by expert."""
-        return list(self._segments(rows)[rank])
+        return self._segments(rows)[rank]
 
     def of_others(self, rows: Tensor, rank: int) -> Tensor:
         """The rows of all ranks but one, by rank."""
-        if self.by_expert:
+        if not self.is_by_rank:
             segments = self._segments(rows)
             return _joined([s for w, of_w in enumerate(segments) if w != rank for s in of_w], rows)
         begin = sum(self.of_rank[:rank])
         before, after = rows[:begin], rows[begin + self.of_rank[rank] :]
         return _joined([part for part in (before, after) if len(part)], rows)
 
-    def _segments(self, rows: Tensor) -> list[Sequence[Tensor]]:
+    def together(self, parts_WG: Sequence[Sequence[Tensor]]) -> Tensor:
+        """Rows from their segments by rank, then expert; a copy also where it is of one."""
+        laid: list[Tensor | None] = [None] * self.rows_WG.size
+        for segments, parts in zip(self._segment_WG.tolist(), parts_WG, strict=True):
+            for segment, part in zip(segments, parts, strict=True):
+                laid[segment] = part
+        return torch.cat([part for part in laid if part is not None and len(part)])
+
+    def _segments(self, rows: Tensor) -> list[list[Tensor]]:
         """By rank, then expert."""
-        num_ranks, num_experts = self.rows_WG.shape
         parts = rows.split(self.sizes)
-        if self.by_expert:
-            return [parts[w::num_ranks] for w in range(num_ranks)]
-        return [parts[w * num_experts :][:num_experts] for w in range(num_ranks)]
+        return [[parts[segment] for segment in of_rank] for of_rank in self._segment_WG.tolist()]
 
 
 class Landing:
@@ -100,7 +127,7 @@ class Landing:
         self._result: Tensor | None = None
         shape = layout.num_rows, *like.shape[1:]
         num_others = layout.num_rows - layout.of_rank[rank]
-        if layout.by_expert:
+        if not layout.is_by_rank:
             self.received = like.new_empty((num_others, *shape[1:]))
             return
         self._result = result = like.new_empty(shape)
@@ -117,22 +144,23 @@ class Landing:
     def finish(self) -> Tensor:
         """All rows, when those of others have come."""
         if self._result is None:
-            return self._by_expert()
+            return self._together()
         if self._begin > 0 and self._end < self._layout.num_rows:
             self._result[: self._begin] = self.received[: self._begin]
             self._result[self._end :] = self.received[self._begin :]
         return self._result
 
-    def _by_expert(self) -> Tensor:
+    def _together(self) -> Tensor:
         rows_WG = self._layout.rows_WG
         others = np.delete(rows_WG, self._rank, 0)
         parts = self.received.split(others.ravel().tolist())
         num_experts = rows_WG.shape[1]
         of_rank = [parts[first:][:num_experts] for first in range(0, len(parts), num_experts)]
-        of_rank.insert(self._rank, tuple(self._own))
-        in_order = [of_w[g] for g in range(num_experts) for of_w in of_rank]
-        # A copy also where it is one part: the rows are nobody's view
-        return torch.cat([part for part in in_order if len(part)])
+        own = self._own
+        if len(own) < num_experts:  # where they come from they lie by rank only
+            own = own[0].split(rows_WG[self._rank].tolist())
+        of_rank.insert(self._rank, tuple(own))
+        return self._layout.together(of_rank)
 
 
 def _joined(parts: Sequence[Tensor], like: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from brt_dist.errors import ExchangeError
 from brt_dist.exchange import Exchange, Rows, flows_of
 from brt_dist.flight import Course, Journey
 from brt_dist.groups import Group, host_device, naming_failures
-from brt_dist.segments import Reorder
+from brt_dist.layout import Layout
 
 _WHAT = "locality-aware return"
 
@@ -120,12 +120,8 @@ def return_to_assigned(rows: Rows, exchange: Exchange, assignment: Assignment) -
             raise ExchangeError(
                 f"return_to_assigned: the exchange gave {num_rows} rows, {list(flow.shape)} came"
             )
-    sequence_W = torch.tensor(source_W)
-    by_holder = Reorder.of(rows_WW[rank], sequence_W, flows[0].device)
-    by_rank = exchange.course.receive.to_rank_major(flows[0].device)
-    flows = tuple(by_holder.apply(by_rank.apply(flow)) for flow in flows)
-    send = rows_WW[rank][sequence_W].tolist()
-    course = Course.by_rank(_WHAT, exchange.group, send, rows_WW[:, source_W[rank]].tolist())
+    receive = Layout(rows_WW[:, source_W[rank]].numpy()[:, None])
+    course = Course(_WHAT, exchange.group, exchange.course.receive.for_others(source_W), receive)
     floating = tuple(i for i, flow in enumerate(flows) if flow.is_floating_point())
     landed = Journey.start(flows, course, floating if torch.is_grad_enabled() else ()).land()
     return landed[0] if isinstance(rows, Tensor) else landed
