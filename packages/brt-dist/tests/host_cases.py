@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import checkpoint_cases
 import torch
@@ -41,12 +42,15 @@ def exchange(rank: int, step: int, group: dist.ProcessGroup | None = None) -> No
     assert bool((rows.grad == 3).all())
 
 
-def until_it_fails(rank: int, timeout_s: float, victim: int, wait_s: float) -> tuple[float, str]:
-    """Seconds that the exchange took that failed, and its error; the victim is killed before."""
+def until_it_fails(
+    rank: int, folder: str, timeout_s: float, victim: int, signal_: int, wait_s: float
+) -> tuple[float, str]:
+    """Seconds that the exchange took that failed, and its error; the victim gets the signal."""
     group = dist.new_group(timeout=timedelta(seconds=timeout_s))
     exchange(rank, 0, group)
+    meet(folder, str(rank), dist.get_world_size())
     if rank == victim:
-        threading.Timer(wait_s, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        threading.Timer(wait_s, os.kill, (os.getpid(), signal_)).start()
     step = 0
     while True:
         start = time.monotonic()
@@ -54,6 +58,19 @@ def until_it_fails(rank: int, timeout_s: float, victim: int, wait_s: float) -> t
             exchange(rank, step := step + 1, group)
         except brt_dist.ExchangeError as error:
             return time.monotonic() - start, str(error)
+
+
+def meet(folder: str, name: str, num_names: int) -> None:
+    """Go on when all are here. By files: a fault must not come before all are past this."""
+    Path(folder, name).touch()
+    await_files(folder, num_names)
+
+
+def await_files(folder: str, number: int) -> None:
+    end = time.monotonic() + 60
+    while len(list(Path(folder).iterdir())) < number:
+        assert time.monotonic() < end, f"not all of {number} ranks have begun"
+        time.sleep(0.005)
 
 
 def late(rank: int, timeout_s: float, slow: int, wait_s: float) -> None:

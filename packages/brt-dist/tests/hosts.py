@@ -49,17 +49,23 @@ class Hosts:
         """Take a host's link down: nothing says so to the others."""
         _ip("-n", self.switch, "link", "set", f"port{host}", "down")
 
+    def start(self, host: int, *command: str) -> subprocess.Popen[str]:
+        """A program on a host, that says on stderr what fails."""
+        words = ("ip", "netns", "exec", self.names[host], *command)
+        environment = os.environ | {"GLOO_SOCKET_IFNAME": "eth0", "BRT_PLUGINS": ""}
+        return subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True)
+
     def processes(self) -> list[str]:
         """Processes that run on any of the hosts."""
         return [pid for name in self._made() for pid in _ip("netns", "pids", name).split()]
 
     def listening(self) -> list[str]:
         """Sockets that wait for connections on any of the hosts."""
-        command = ("cat", "/proc/net/tcp")
+        command = ("cat", "/proc/net/tcp", "/proc/net/tcp6")
         lines = [
             line.split()
             for name in self._made()
-            for line in _ip("netns", "exec", name, *command).splitlines()[1:]
+            for line in _ip("netns", "exec", name, *command).splitlines()
         ]
         return [words[1] for words in lines if words[3] == "0A"]
 

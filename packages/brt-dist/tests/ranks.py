@@ -75,17 +75,21 @@ class Ranks:
         except (EOFError, ConnectionResetError):
             return False, "ended"
 
-    def close(self) -> None:
+    def close(self) -> bool:
+        """End the ranks; False if one had to be killed."""
         for pipe in self._pipes:
             pipe.close()
         if self._meeting is not None:
             self._meeting.close()
+        ended = True
         for process in self.processes:
             process.join(10)
             if process.is_alive():
+                ended = False
                 process.kill()
                 process.join()
         self._folder.cleanup()
+        return ended
 
 
 def _keep_store(name: str, pipe: Connection) -> None:
