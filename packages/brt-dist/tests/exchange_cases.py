@@ -72,16 +72,25 @@ def equals_reference(
 
 def keeping_own(rank: int, function: Callable[..., None], *args: Any) -> None:
     """Another case, in which ranks keep their own rows where few rows would travel with others'."""
-    with mock.patch("brt_dist.layout.LONG", 0), mock.patch("brt_dist.segments.LONG", 0):
+    with (
+        mock.patch("brt_dist.layout.LONG", 0),
+        mock.patch("brt_dist.segments.LONG", 0),
+        mock.patch("brt_dist.flight.LEAST_OWN_BYTES", 0),
+    ):
         function(rank, *args)
 
 
-def keeps_own(rank: int, num_own: int, num_others: int) -> bool:
+def keeps_own(
+    rank: int, num_own: int, num_others: int, num_experts: int = 2, least_bytes: int = 0
+) -> bool:
     """Whether a rank with so many rows for itself, and for each other, keeps its own."""
-    counts_WG = torch.full((dist.get_world_size(), 2), num_others)
+    counts_WG = torch.full((dist.get_world_size(), num_experts), num_others)
     counts_WG[rank] = num_own
     rows = rows_of(rank, counts_WG, torch.float32, (2,))
-    with mock.patch.object(layout.Landing, "finish", autospec=True, side_effect=finish) as finished:
+    with (
+        mock.patch("brt_dist.flight.LEAST_OWN_BYTES", least_bytes),
+        mock.patch.object(layout.Landing, "finish", autospec=True, side_effect=finish) as finished,
+    ):
         came, exchange = brt_dist.sparse_all_to_all(rows, counts_WG)
     assert torch.equal(came, reference.sparse_all_to_all(rows, counts_WG)[0])
     assert torch.equal(brt_dist.reverse_all_to_all(came, exchange), rows)

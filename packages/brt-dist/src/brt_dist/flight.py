@@ -25,6 +25,9 @@ from torch.autograd.function import once_differentiable
 from brt_dist.groups import Group, naming_failures
 from brt_dist.layout import Landing, Layout
 
+LEAST_OWN_BYTES = 512 << 10
+"""On the host a rank keeps its own rows out of an exchange from here on."""
+
 
 @dataclass(frozen=True, eq=False)
 class Course:
@@ -54,9 +57,11 @@ class Course:
     def keeps_own(self) -> bool:
         """Whether rows of this rank for itself take no part in the exchange; each decides alone.
 
-        On the host the exchange would copy them once more. A rank between others must then copy
-        theirs, so that they lie together.
+        Where rows are laid out anew the exchange would copy them once more. A rank between others
+        must then copy theirs, so that they lie together.
         """
+        if self.send.is_by_rank and self.receive.is_by_rank:
+            return False
         own = self.send.of_rank[self.rank]
         others = sum(self.send.of_rank) + sum(self.receive.of_rank) - 2 * own
         is_last = self.rank in (0, len(self.send.of_rank) - 1)
@@ -77,7 +82,7 @@ class Flight:
             if not math.prod(flow.shape[1:]):
                 empty = packed.new_empty((course.receive.num_rows, *flow.shape[1:]))
                 self._landings.append(functools.partial(_same, empty))
-            elif packed.device.type == "cpu" and course.keeps_own:
+            elif packed.device.type == "cpu" and course.keeps_own and _is_worth(packed, course):
                 self._start_others(packed)
             else:
                 self._start_all(packed)
@@ -99,6 +104,7 @@ class Flight:
         for of_rank in sizes:
             of_rank[rank] = 0
         self._start(landing.received, sent, *sizes)
+        landing.keep_own()
         self._landings.append(landing.finish)
 
     def _start(
@@ -204,6 +210,11 @@ class _Land(Function):
         wanted = [grads[i] for i in journey.grad_flows]
         journey.back = Flight(wanted, journey.course.reversed())
         return None, torch.empty(0, device=wanted[0].device)
+
+
+def _is_worth(flow: Tensor, course: Course) -> bool:
+    """Whether a copy of own rows takes longer than what it takes to leave it out."""
+    return course.send.of_rank[course.rank] * flow[:1].nbytes >= LEAST_OWN_BYTES
 
 
 def _same(rows: Tensor) -> Tensor:

@@ -131,15 +131,20 @@ class Landing:
             self.received = like.new_empty((num_others, *shape[1:]))
             return
         self._result = result = like.new_empty(shape)
-        parts = result[self._begin : self._end].split([len(part) for part in own])
-        for to, part in zip(parts, own, strict=True):
-            to.copy_(part)
         if self._begin == 0:
             self.received = result[self._end :]
         elif self._end == layout.num_rows:
             self.received = result[: self._begin]
         else:
             self.received = like.new_empty((num_others, *shape[1:]))
+
+    def keep_own(self) -> None:
+        """Put own rows where they belong, if that is known already: others' may be on their way."""
+        if self._result is None:
+            return
+        parts = self._result[self._begin : self._end].split([len(part) for part in self._own])
+        for to, part in zip(parts, self._own, strict=True):
+            to.copy_(part)
 
     def finish(self) -> Tensor:
         """All rows, when those of others have come."""
