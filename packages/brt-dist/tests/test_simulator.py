@@ -95,6 +95,14 @@ def test_compute_is_that_of_the_slowest_rank() -> None:
     assert SIM.step(loads, replicated, 10).compute_s < found.compute_s
 
 
+def test_ranks_that_share_cores() -> None:
+    rows_W = np.array([1.0, 2, 3, 4])
+    one, two, many = (dataclasses.replace(SIM, shared_cores=cores) for cores in (1, 2, 9))
+    assert one.compute_s(rows_W) == pytest.approx(7e-3)  # all of the second host, one by one
+    assert two.compute_s(rows_W) == pytest.approx(4e-3)
+    assert many.compute_s(rows_W) == SIM.compute_s(rows_W) == pytest.approx(4e-3)
+
+
 def test_calibration_finds_the_link() -> None:
     link = Link(alpha_us=20, beta_gbs=2.5)
     sizes = [1e3, 1e4, 1e5, 1e6, 1e7]
@@ -142,6 +150,8 @@ def test_cost_grows_up_to_as_many_ranks_as_experts() -> None:
 def test_what_cannot_be_simulated() -> None:
     with pytest.raises(PlacementError, match="exchange is one of"):
         Simulator(topology=TWO_BY_TWO, work=WORK, exchange="magic")
+    with pytest.raises(PlacementError, match="shared_cores must be"):
+        dataclasses.replace(SIM, shared_cores=0)
     with pytest.raises(PlacementError, match="a plan for 2 ranks on 4"):
         SIM.step(of_trace(clustered(50)), plan(clustered(50), 2, solver=QUICK), 1)
     with pytest.raises(PlacementError, match="must divide"):

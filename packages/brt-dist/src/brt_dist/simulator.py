@@ -48,17 +48,24 @@ class Simulator:
             as long as the longest).
         shared_within: the ranks of a host share what moves bytes between them, as processes on the
             cores of one CPU do: then the bytes of all of them count, not the busiest rank's.
+        shared_cores: so many cores compute for all ranks of a host, each as fast as the topology
+            says of a rank, and one rank uses one at a time; None = each rank has its own.
     """
 
     topology: Topology
     work: Work
     exchange: str = "direct"
     shared_within: bool = False
+    shared_cores: int | None = None
 
     def __post_init__(self) -> None:
         if self.exchange not in EXCHANGES:
             known = ", ".join(EXCHANGES)
             raise PlacementError(f"simulator: exchange is one of {known}, not {self.exchange!r}")
+        if self.shared_cores is not None and self.shared_cores < 1:
+            raise PlacementError(
+                f"simulator: shared_cores must be at least 1, got {self.shared_cores}"
+            )
 
     def step(self, traffic: Traffic, plan: Plan | Ints, num_cells: int) -> StepTime:
         """Time of the mixtures where so many tokens, evenly from all ranks, go as in `traffic`.
@@ -105,8 +112,12 @@ class Simulator:
         return [out_WW for out_WW in there for _ in range(2)]
 
     def compute_s(self, rows_W: Floats) -> float:
-        """Time of the slowest rank's experts."""
-        return float(rows_W.max()) * self.work.row_flops / (self.topology.tflops * 1e12)
+        """Time of the slowest rank's experts, or of a host's cores with those of all its ranks."""
+        rows = float(rows_W.max())
+        if self.shared_cores is not None:
+            host_rows_H = rows_W.reshape(self.topology.hosts, -1).sum(1)
+            rows = max(rows, float(host_rows_H.max()) / self.shared_cores)
+        return rows * self.work.row_flops / (self.topology.tflops * 1e12)
 
     def exchange_s(self, rows_WW: Floats) -> float:
         """Time of one exchange of these rows; those on the diagonal stay."""
