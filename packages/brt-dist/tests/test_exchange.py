@@ -55,8 +55,8 @@ def test_who_keeps_own_rows(ranks_of: Callable[[int], Ranks]) -> None:
     assert ranks_of(3).run(cases.keeps_own, 20, 20) == [True, False, True]
     assert ranks_of(3).run(cases.keeps_own, 0, 30) == [False, False, False]
     assert ranks_of(3).run(cases.keeps_own, 4, 1) == [False, False, False]
-    # One expert's rows lie by rank and by expert; 100 rows of 8 bytes
-    assert ranks_of(3).run(cases.keeps_own, 50, 10, 1) == [False, False, False]
+    assert ranks_of(3).run(cases.keeps_own, 50, 10, 1) == [True, True, True]
+    # 100 rows of 8 bytes
     assert ranks_of(3).run(cases.keeps_own, 50, 10, 2, 800) == [True, True, True]
     assert ranks_of(3).run(cases.keeps_own, 50, 10, 2, 801) == [False, False, False]
 

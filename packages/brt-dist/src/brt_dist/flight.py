@@ -57,11 +57,9 @@ class Course:
     def keeps_own(self) -> bool:
         """Whether rows of this rank for itself take no part in the exchange; each decides alone.
 
-        Where rows are laid out anew the exchange would copy them once more. A rank between others
-        must then copy theirs, so that they lie together.
+        On the host the exchange would copy them once more. A rank between others must then copy
+        theirs, so that they lie together.
         """
-        if self.send.is_by_rank and self.receive.is_by_rank:
-            return False
         own = self.send.of_rank[self.rank]
         others = sum(self.send.of_rank) + sum(self.receive.of_rank) - 2 * own
         is_last = self.rank in (0, len(self.send.of_rank) - 1)
