@@ -86,6 +86,8 @@ def cut(found: Plan, fit: Traffic, held_out: Traffic) -> None:
         return
     num_experts, start = found.num_experts, time.perf_counter()
     edges = ~np.eye(num_experts, dtype=bool)
+    starts = list(range(0, edges.sum() + 1, num_experts - 1))
+    graph = pymetis.CSRAdjacency(starts, np.nonzero(edges)[1].tolist())
     rank_LE = np.empty((len(found.layers), num_experts), np.int64)
     for layer, load_E in enumerate(fit.load_LE):
         takes_TE = np.zeros((fit.num_cells, num_experts))
@@ -93,8 +95,7 @@ def cut(found: Plan, fit: Traffic, held_out: Traffic) -> None:
         together_EE = (takes_TE.T @ takes_TE).astype(int)
         rank_LE[layer] = pymetis.part_graph(
             found.num_ranks,
-            xadj=list(range(0, edges.sum() + 1, num_experts - 1)),
-            adjncy=np.nonzero(edges)[1].tolist(),
+            graph,
             vweights=load_E.astype(int).tolist(),
             eweights=(together_EE[edges] + 1).tolist(),
             options=pymetis.Options(ufactor=50, seed=0, ncuts=20, niter=50),
