@@ -14,7 +14,12 @@ import torch
 ROOT = Path(__file__).parents[1]
 ON_A_DEVICE = """
 import os
+import pytest
 import torch
+
+@pytest.mark.slow
+def test_time(request):
+    assert request.node.get_closest_marker("timeout").args == (1800,)
 
 def test_on(device):
     assert torch.zeros(1, device=device).device.type == device.type
@@ -48,10 +53,10 @@ def outcome(folder: Path, *args: str, **env: str) -> str:
 @pytest.mark.parametrize(
     ("args", "env", "wanted"),
     [
-        ((), {}, "0: 3 passed, 1 skipped"),
-        (("-m", "not cuda"), {}, "0: 3 passed, 1 deselected"),
-        (("-m", "cuda and not slow"), {}, "1: 3 deselected, 1 error"),
-        ((), {"BRT_REQUIRE_CUDA": "1"}, "1: 3 passed, 1 error"),
+        ((), {}, "0: 4 passed, 1 skipped"),
+        (("-m", "not cuda"), {}, "0: 4 passed, 1 deselected"),
+        (("-m", "cuda and not slow"), {}, "1: 4 deselected, 1 error"),
+        ((), {"BRT_REQUIRE_CUDA": "1"}, "1: 4 passed, 1 error"),
     ],
     ids=str,
 )
