@@ -17,7 +17,7 @@ from brt import plugins
 from brt.optimize import optimize
 from brt.passes import BUILTIN, DEFAULT, Context, DropDeadPaths, FoldPermanentPaths, Pass, Record
 from brt.passes.run import order, resolve
-from brt.passes.verify import Moved, cloned, largest_error, without_traces
+from brt.passes.verify import Moved, allowed, cloned, largest_error, without_traces
 from brt.profile import profile
 
 X = to_paths([0, 1, 1])
@@ -283,6 +283,17 @@ def test_context_names_things_in_the_model() -> None:
 class Pair:
     a: Any
     b: Any
+
+
+@pytest.mark.parametrize("short", [False, True])
+def test_tf32_is_allowed_for(short: bool) -> None:
+    def found(dtype: torch.dtype, device: str) -> tuple[float, float]:
+        with torch.backends.cudnn.flags(allow_tf32=short):
+            return allowed(lambda _: (1e-5, 1e-6), dtype, torch.device(device))
+
+    assert found(torch.float32, "cuda") == (1.6e-2 if short else 1e-5, 1e-6)
+    assert found(torch.float64, "cuda") == found(torch.float32, "cpu") == (1e-5, 1e-6)
+    assert allowed(lambda _: (0.1, 0.0), torch.float32, torch.device("cuda")) == (0.1, 0.0)
 
 
 def test_largest_error_looks_into_everything() -> None:

@@ -20,7 +20,6 @@ from brt.passes.exit_batches import Batches
 from brt.passes.match import draws_random, module_of, router_of, writes
 from brt.routers import EarlyExit, GatherRouter, LoopRouter, ScatterRouter
 
-_TF32 = 5e-3  # a few roundings to ten bits
 _HOST_METHODS = ("item", "tolist", "nonzero", "cpu", "numpy", "__bool__", "__int__", "__float__")
 
 
@@ -102,12 +101,9 @@ class Capture(Pass):
                     ) from error
 
     def tolerance(self, dtype: torch.dtype) -> tuple[float, float]:
-        """Kernels for other numbers of rows round otherwise; to TF32's ten bits, where allowed."""
+        """Kernels for other numbers of rows round otherwise."""
         relative, absolute = super().tolerance(dtype)
-        if dtype != torch.float32:
-            return relative, absolute
-        allowed = torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32
-        return _TF32 if torch.cuda.is_available() and allowed else 10 * relative, absolute
+        return 10 * relative if dtype == torch.float32 else relative, absolute
 
     def run(self, graph: fx.GraphModule, ctx: Context) -> bool:
         """Let one module stand for the whole region."""
