@@ -240,8 +240,8 @@ class Pass(ABC):
     def tolerance(self, dtype: torch.dtype) -> tuple[float, float]:
         """(relative, absolute) difference that a result may have: as in `torch.testing`.
 
-        Relative to the largest value in a row of dim 0. Where torch may use TF32 on a GPU, float32 is
-        compared as bfloat16 at most.
+        Relative to the largest value in a row of dim 0. Where torch may use TF32 on a GPU, float32
+        is compared as bfloat16 is.
         """
         return _TOLERANCE.get(dtype, _EXACT)
 
