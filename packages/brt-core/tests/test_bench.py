@@ -17,7 +17,16 @@ from typer.testing import CliRunner
 
 import brt
 from brt import bench, plugins
-from brt.bench import Instruments, Machine, Result, Settings, Unavailable, Variant, Workload
+from brt.bench import (
+    Instruments,
+    Machine,
+    Result,
+    Settings,
+    Unavailable,
+    Variant,
+    Workload,
+    experts,
+)
 from brt.bench.check import Mismatch, largest_error
 from brt.bench.experts import grouped
 from brt.bench.loads import choices, skewed_scores, traced_choices
@@ -465,6 +474,24 @@ def test_experts_agree(activation: str, train: bool):
     assert all(row.status in ("ok", "skipped") for row in rows.values()), rows
     assert rows["brt expert_mlp"].status == rows["one dense pair"].status == "ok"
     assert ("weight stream" in rows) is not train
+
+
+def test_gradients_do_not_hang_on_rounding(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(experts, "_KINK", 1e-2)
+    generator = torch.Generator().manual_seed(0)
+    up_PHD = torch.randn(4, 16, 8, generator=generator) / 8**0.5
+    x_ND, choice_NK = torch.randn(64, 8, generator=generator), torch.arange(128).view(64, 2) % 4
+    before_ND = x_ND.clone()
+
+    def nearest_N() -> torch.Tensor:
+        hidden_NKH = torch.einsum("nd,nkhd->nkh", x_ND.double(), up_PHD[choice_NK].double())
+        return hidden_NKH.abs().amin((1, 2))
+
+    is_near_N = nearest_N() < 1e-2
+    assert is_near_N.any()
+    experts._leave_kinks(x_ND, choice_NK, up_PHD, generator)
+    assert nearest_N().min() >= 1e-2
+    assert torch.equal((x_ND != before_ND).any(1), is_near_N)
 
 
 def test_choices_of_a_trace(tmp_path: Path):

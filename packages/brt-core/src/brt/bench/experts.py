@@ -29,6 +29,8 @@ _TRAINING_TOLERANCE = {
     torch.float64: 1e-11,
 }
 _NUM_SETS = 4
+_KINK = 1e-6
+"""How near 0 the rounding of float32 may change the sign of a hidden value of deviation 1."""
 # Elements of weights that transformers' batched_mm gathers, a copy of an expert for each row:
 # beyond this it is far from the best and runs out of memory.
 _MOST_GATHERED = 2**29
@@ -72,6 +74,8 @@ def grouped(
         else:
             choice_NK, weight_NK = choices(skewed_scores(n, p, skew, generator), k)
         x_ND = torch.randn(n, d, generator=generator)
+        if train and activation == "relu":
+            _leave_kinks(x_ND, choice_NK, experts.up_PHD, generator)
         sets.append((x_ND.to(device, dtype), choice_NK.to(device), weight_NK.to(device, dtype)))
     loads = [choice_NK.flatten().bincount(minlength=p) for _, choice_NK, _ in sets]
     fullest = max(int(load_P.max()) for load_P in loads)
@@ -156,6 +160,22 @@ def grouped(
         ),
         mode="grad" if train else "inference",
     )
+
+
+def _leave_kinks(
+    x_ND: Tensor, choice_NK: Tensor, up_PHD: Tensor, generator: torch.Generator
+) -> None:
+    """Draw cells anew while ReLU's gradient at one of their hidden values hangs on rounding."""
+    up_PHD = up_PHD.detach().to("cpu", torch.float64)
+    left_N = torch.arange(len(x_ND))
+    while len(left_N):
+        near_N = torch.zeros(len(left_N), dtype=torch.bool)
+        for path in choice_NK[left_N].unique().tolist():
+            on_N = (choice_NK[left_N] == path).any(1)
+            hidden_NH = x_ND[left_N[on_N]].double() @ up_PHD[path].t()
+            near_N[on_N] |= (hidden_NH.abs() < _KINK).any(1)
+        left_N = left_N[near_N]
+        x_ND[left_N] = torch.randn(len(left_N), x_ND.shape[1], generator=generator)
 
 
 def _reference(experts: Experts, grad_ND: Tensor, train: bool) -> Callable[..., object]:
