@@ -283,6 +283,27 @@ def test_sets_rotate_and_short_runs_are_timed_together():
     assert 4 * 9 <= result.row("short").samples <= 4 * 10
 
 
+def test_a_sample_of_uneven_sets_is_their_mean():
+    clock = Clock()
+
+    def make() -> Callable[..., Any]:
+        def run(x: torch.Tensor) -> torch.Tensor:
+            clock.now += 0.09 if x[0] == 2 else 0.03
+            return 2 * x
+
+        return run
+
+    def median_ms(*, is_uneven: bool) -> float:
+        variant = Variant(name="one", kind="brt", make=make)
+        workload = doubling(variant, num_sets=3, is_uneven=is_uneven)
+        found = measured(workload, instruments(clock)).row("one").median_ms
+        assert found is not None
+        return found
+
+    assert median_ms(is_uneven=False) != pytest.approx(50)
+    assert median_ms(is_uneven=True) == pytest.approx(50)
+
+
 def test_modes_threads_and_collector_are_restored():
     import gc
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -46,20 +47,28 @@ class Experts:
         gate_RH, other_RH = up_RH.chunk(2, -1)
         return F.silu(gate_RH) * other_RH
 
-    def expert(self, path: int, rows_RD: Tensor) -> Tensor:
-        """One expert on its rows."""
-        return F.linear(self.activate(F.linear(rows_RD, self.up_PHD[path])), self.down_PDH[path])
+    def each(self) -> list[Callable[[Tensor], Tensor]]:
+        """Each expert by itself, for its rows.
+
+        Unbound at once: the gradient of an index is as large as all weights.
+        """
+        weights = zip(self.up_PHD.unbind(), self.down_PDH.unbind(), strict=True)
+        return [partial(self._expert, up_HD, down_DH) for up_HD, down_DH in weights]
+
+    def _expert(self, up_HD: Tensor, down_DH: Tensor, rows_RD: Tensor) -> Tensor:
+        return F.linear(self.activate(F.linear(rows_RD, up_HD)), down_DH)
 
 
 def reference(experts: Experts, x_ND: Tensor, choice_NK: Tensor, weight_NK: Tensor) -> Tensor:
     """The loop in float64."""
     out_ND = torch.zeros_like(x_ND, dtype=torch.float64)
-    for p in range(experts.num_paths):
+    weights = zip(experts.up_PHD.unbind(), experts.down_PDH.unbind(), strict=True)
+    for p, (up_HD, down_DH) in enumerate(weights):
         cell_R, k_R = (choice_NK == p).nonzero(as_tuple=True)
         if not cell_R.numel():
             continue
-        up_RH = x_ND[cell_R].double() @ experts.up_PHD[p].double().T
-        rows_RD = experts.activate(up_RH) @ experts.down_PDH[p].double().T
+        up_RH = x_ND[cell_R].double() @ up_HD.double().T
+        rows_RD = experts.activate(up_RH) @ down_DH.double().T
         weighted_RD = rows_RD * weight_NK[cell_R, k_R, None].double()
         out_ND = out_ND.index_add(0, cell_R, weighted_RD)
     return out_ND
@@ -70,10 +79,10 @@ def loop(experts: Experts) -> Form:
 
     def run(x_ND: Tensor, choice_NK: Tensor, weight_NK: Tensor) -> Tensor:
         out_ND = torch.zeros_like(x_ND)
-        for p in range(experts.num_paths):
+        for p, expert in enumerate(experts.each()):
             cell_R, k_R = (choice_NK == p).nonzero(as_tuple=True)
             if cell_R.numel():
-                rows_RD = experts.expert(p, x_ND[cell_R])
+                rows_RD = expert(x_ND[cell_R])
                 out_ND.index_add_(0, cell_R, rows_RD * weight_NK[cell_R, k_R, None])
         return out_ND
 
@@ -86,8 +95,9 @@ def sorted_loop(experts: Experts) -> Form:
     def run(x_ND: Tensor, choice_NK: Tensor, weight_NK: Tensor) -> Tensor:
         order_R, cell_R = _sorted(choice_NK)
         sizes = choice_NK.flatten().bincount(minlength=experts.num_paths).tolist()
+        rows_P = x_ND[cell_R].split(sizes)
         parts = [
-            experts.expert(p, rows) for p, rows in enumerate(x_ND[cell_R].split(sizes)) if len(rows)
+            expert(rows) for expert, rows in zip(experts.each(), rows_P, strict=True) if len(rows)
         ]
         return _weighted_sum(torch.cat(parts), order_R, weight_NK)
 
@@ -231,10 +241,10 @@ def dense(experts: Experts, num_rows: int, train: bool = False) -> Form:
     )
     rows_RD = torch.ones_like(one.up_PHD[0, :1]).repeat(num_rows, 1)
     rows_RD = rows_RD.detach().requires_grad_(train)
-    grad_RD = torch.ones_like(one.expert(0, rows_RD)).detach()
+    grad_RD = torch.ones_like(one.each()[0](rows_RD)).detach()
 
     def run(*_: Tensor) -> Any:
-        out_RD = one.expert(0, rows_RD)
+        out_RD = one.each()[0](rows_RD)
         if not train:
             return out_RD
         return torch.autograd.grad(out_RD, [rows_RD, one.up_PHD, one.down_PDH], grad_RD)

@@ -31,6 +31,8 @@ class Lane:
     reason: str = ""
     detail: str = ""
     error: float | None = None
+    together: int = 1
+    """Runs that one sample must hold, or a multiple of them."""
     per_round: int = 1
     inner: int = 1
     samples: dict[int, list[float]] = field(default_factory=dict)
@@ -78,12 +80,13 @@ class Lane:
 
     def warm_up(self, timer: Timer, settings: Settings) -> None:
         """Run until two bursts agree, and find how many runs make a burst."""
-        spent, before = 0.0, math.inf
+        spent, before, self.inner = 0.0, math.inf, self.together
         while True:
             seconds = self._burst(timer, self.per_round)
             spent += sum(seconds) * self.inner
             now = max(statistics.median(seconds), 1e-9)
-            self.inner = max(1, min(_MAX_CALLS, math.ceil(timer.shortest / now)))
+            enough = max(1, min(_MAX_CALLS, math.ceil(timer.shortest / now)))
+            self.inner = math.ceil(enough / self.together) * self.together
             per_round = round(settings.burst_ms / 1e3 / (now * self.inner))
             self.per_round = max(1, min(_MAX_CALLS, per_round))
             if abs(now - before) <= _STABLE * before < math.inf:

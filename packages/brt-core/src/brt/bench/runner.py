@@ -64,7 +64,8 @@ class _Run:
         progress: Progress | None,
     ) -> None:
         self.workload, self.settings, self.tools = workload, settings, tools
-        self.lanes = [Lane(variant=v, name=v.name) for v in variants]
+        together = len(workload.sets) if workload.is_uneven else 1
+        self.lanes = [Lane(variant=v, name=v.name, together=together) for v in variants]
         self.rounds: list[_Round] = []
         self.best_probe = 0.0
         self._progress = progress or (lambda what, done, total: None)
@@ -103,7 +104,8 @@ class _Run:
         """On CUDA, the same variant once more as the replay of a graph."""
         if self.workload.device.type != "cuda":
             return
-        replay = Lane(variant=lane.variant, name=f"{lane.name} (graph replay)")
+        name = f"{lane.name} (graph replay)"
+        replay = Lane(variant=lane.variant, name=name, together=lane.together)
         self.lanes.insert(self.lanes.index(lane) + 1, replay)
 
         def capture() -> None:

@@ -115,6 +115,8 @@ class Workload:
             magnitude of the reference, the worst of the outcome's tensors.
         options: those it was made with.
         mode: what autograd does while it runs.
+        is_uneven: whether sets cost differently (images that leave at different exits): then a
+            sample is the mean of one run of each; a median over runs would be that of one set.
     """
 
     name: str
@@ -127,6 +129,7 @@ class Workload:
     tolerance: float = 0.0
     options: Mapping[str, Any] = field(default_factory=dict)
     mode: Mode = "inference"
+    is_uneven: bool = False
 
     def __post_init__(self) -> None:
         names = [variant.name for variant in self.variants]

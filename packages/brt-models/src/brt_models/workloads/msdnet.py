@@ -120,6 +120,7 @@ def exit_workload(
         reference=_InDouble(model),
         tolerance=TOLERANCE if first.dtype == torch.float32 else 3e-2,
         options={**options, "mix": mix, "batch": batch},
+        is_uneven=True,
         variants=[
             row("eager", "python if", lambda: PythonExit(model)),
             row("peer", COMPILED, lambda: PythonExit(model, compiled=True)),
