@@ -77,6 +77,7 @@ def gate_workload(
         reference=_InDouble(model),
         tolerance=TOLERANCE if first.dtype == torch.float32 else 3e-2,
         options=options,
+        is_uneven=True,
         variants=[
             row("eager", "python if", lambda: PythonGates(model)),
             row(
