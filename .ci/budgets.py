@@ -19,6 +19,7 @@ BUDGETS = {
     "tests(kernels)": 240,
     "tests(all)": 240,
     "tests(dist)": 180,
+    "tests(models)": 180,
     "wheels": 360,
     "demo": 180,
     "build": 240,

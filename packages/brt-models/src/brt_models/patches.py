@@ -5,6 +5,7 @@ Shape letters: B photos, N patches (cells), P paths, F features, H height, W wid
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -26,7 +27,7 @@ class PixelShuffle(nn.PixelShuffle):
         return apart.permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)
 
 
-class PatchNetwork(nn.Module):
+class PatchNetwork(nn.Module, ABC):
     """Photos [B, 3, H, W], values 0 to 1 -> [B, 3, s*H, s*W]; each patch takes one branch.
 
     Values may leave 0 to 1 a little. A photo smaller than a patch is padded for the branches. A
@@ -48,13 +49,13 @@ class PatchNetwork(nn.Module):
         self.gather = GatherRouter(weighted=False)
 
     @property
+    @abstractmethod
     def paths(self) -> Sequence[nn.Module]:
         """The branches, [N, 3, H, W] -> [N, 3, s*H, s*W] each."""
-        raise NotImplementedError
 
+    @abstractmethod
     def scores(self, cells_NCHW: Tensor) -> Tensor:
         """[N, 3, H, W] -> [N, P]; the path of the highest score is taken."""
-        raise NotImplementedError
 
     def cut(self, x_BCHW: Tensor) -> tuple[Tensor, PatchGrid]:
         """What branches take, [N, 3, H, W], and how to put it back."""
